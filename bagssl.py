@@ -1,0 +1,1104 @@
+# SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.9", "torchvision>=0.24", "numpy>=1.26"]
+# ///
+"""BagSSL: self-supervised learning on image patches, in one file.
+
+Chen, Bardes, Li, LeCun, "Bag of Image Patch Embedding Behind the Success of Self-Supervised
+Learning" (TMLR 2023, arXiv:2206.08954).
+
+1. Cut a few patches of one fixed scale at random out of each image, and augment each by itself.
+2. Embed each patch, h = f(x), with a ResNet, and project it, z = g(h), with a small MLP.
+3. Train with VICReg: the projections of one image's patches agree (invariance), each dimension of
+   z varies over the batch (variance), and no two dimensions say the same (covariance).
+4. Throw the projector away. An image is the bag of its patches: the mean of their embeddings h.
+
+What is learned is which patches occur together, p(x1, x2) / (p(x1) p(x2)); an image's class shows
+in the average of its parts, seldom in one of them. `eval_linear.py` measures how much.
+
+    python bagssl.py                                     # a generated world; two minutes on a laptop
+    python bagssl.py --preset cifar10-cpu                # CIFAR-10 on a CPU
+    torchrun --nproc_per_node=8 bagssl.py --preset imagenet --data /path/to/imagenet
+    python eval_linear.py --checkpoint runs/demo/checkpoint.pt
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from PIL import Image, ImageOps
+from torch import nn
+
+# --------------------------------------------------------------------------------------------------
+# Config
+#
+# Every field is a flag of the command line with the comment as its help; a preset overrides the
+# defaults, and a flag overrides the preset.
+
+
+@dataclass
+class Config:
+    preset: str = "auto"  # demo, cifar10, cifar10-cpu, cifar100, imagenet; auto: cifar10 with CUDA, else demo
+    dataset: str = "demo"  # demo, cifar10, cifar100, stl10, fashionmnist, or the name of a folder in --data
+    data: str = ""  # folder with the images or torchvision's files; default: what --dataset names, in ./data
+    cache: str = ""  # folder for decoded images; default: .bagssl beside them, so that all runs share it
+    out: str = ""  # folder for the run; default: runs/PRESET; an interrupted run there continues
+    arch: str = "resnet18"  # resnet18, resnet34 or resnet50: what published comparisons use
+    stem_stride: int = 1  # 1, 2: a 3x3 stem of that stride for small patches; 4: torchvision's, for large ones
+    projector: int = 2048  # width of the projector's three layers; VICReg gains with width
+    image_size: int = 32  # images are resized to this short side and centre-cropped to a square
+    patch_scale: tuple = (0.25,)  # fraction of the area a patch covers; two values: multi-scale, the baseline
+    patch_size: int = 0  # side of the encoder's input; 0: the patch's own pixels, unresized
+    num_patches: int = 4  # V, patches an image a step; each further one is compared with all others for free
+    batch_size: int = 256  # B, images a step, over all processes; the covariance needs some hundreds
+    epochs: int = 30  # passes over the images
+    lr: float = 1e-3  # peak learning rate of AdamW
+    warmup: float = 0.1  # part of the steps in which the learning rate rises; VICReg collapses without
+    weight_decay: float = 0.01  # not applied to biases and normalisation
+    inv_weight: float = 25.0  # the authors' weights of the loss's terms
+    var_weight: float = 25.0  # (25, 25, 1): invariance and variance balance,
+    cov_weight: float = 1.0  # covariance only has to stay in sight
+    seed: int = 0  # of the weights, the order of images, the patches, the demo's world
+    device: str = ""  # default: cuda, else mps, else cpu
+    compile: str = "auto"  # yes, no; auto: only with CUDA, since a CPU seldom earns back the compile time
+    save_every: float = 5.0  # minutes between checkpoints
+
+
+PRESETS = {
+    "demo": dict(dataset="demo"),
+    "cifar10": dict(dataset="cifar10"),
+    "cifar10-cpu": dict(dataset="cifar10"),
+    "cifar100": dict(dataset="cifar100"),
+    "imagenet": dict(dataset="imagenet"),
+}
+
+
+class UserError(Exception):
+    """Something the person at the command line can mend: printed as one sentence, exit code 2."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Patches
+#
+# The method sees an image only through square patches of one fixed scale: the fraction of the
+# image's area that a patch covers. Cutting is split in two, here and in the augmentation below: a
+# draw_* function makes the random numbers, small integer or float tensors, and a pure function
+# applies them. The pure half compiles to a few kernels; the drawn half can be made for the whole
+# batch on every process and sliced, so that the patches do not depend on the number of processes.
+
+
+def patch_side(height: int, width: int, scale: float) -> int:
+    """The side, in pixels, of a square patch that covers `scale` of an image's area.
+
+    At most the image's short side. Raises ValueError unless 0 < scale <= 1.
+    """
+    if not 0 < scale <= 1:
+        raise ValueError(f"a patch's scale is a fraction of the image's area, in (0, 1], not {scale}")
+    return max(1, min(height, width, round(math.sqrt(scale * height * width))))
+
+
+def draw_crops(batch, num_patches, height, width, scale, generator=None, device=None):
+    """Draw where the patches lie: `(top, left, side)`, in pixels, for `cut_patches`.
+
+    `top` and `left` are int64 `(batch, num_patches)`, independent and uniform over every position
+    at which the patch fits. `side` is an int for a fixed `scale`, else int64 `(batch, num_patches)`
+    with the area fraction uniform in `scale = (low, high)`.
+    """
+    shape = (batch, num_patches)
+    if isinstance(scale, (tuple, list)):
+        low, high = scale
+        smallest, largest = patch_side(height, width, low), patch_side(height, width, high)
+        if low > high:
+            raise ValueError(f"a range of scales is (low, high), not ({low}, {high})")
+        area = torch.rand(shape, generator=generator, device=device) * (high - low) + low
+        side = (area * (height * width)).sqrt().round().long().clamp(smallest, largest)
+    else:
+        side = patch_side(height, width, scale)
+    top = torch.rand(shape, generator=generator, device=device) * (height - side + 1)
+    left = torch.rand(shape, generator=generator, device=device) * (width - side + 1)
+    return top.long(), left.long(), side
+
+
+def _resize_weights(start, side, length, size):
+    """Rows of a linear map from `length` pixels to `size`: bilinear with antialiasing.
+
+    A triangle as wide as an output pixel (never narrower than an input one) stands at each output
+    pixel's centre; pixels outside the crop `[start, start + side)` get no weight.
+    start, side: (B, V). Returns (B, V, size, length), rows summing to 1.
+    """
+    start, side = start[..., None, None].float(), side[..., None, None].float()
+    pixel = torch.arange(length, device=start.device) + 0.5  # (length,)
+    step = side / size
+    centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * step  # (B, V, size, 1)
+    weight = (1 - (pixel - centre).abs() / step.clamp(min=1)).clamp(min=0)
+    weight = weight * ((pixel > start) & (pixel < start + side))
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def cut_patches(images, top, left, side, size=None):
+    """Cut squares out of images. Pure: nothing is drawn here.
+
+    images: (B, C, H, W), uint8 or float. top, left: int64 (B, V), or (1, V) for the same places in
+    every image. side: int, or int64 like `top`. size: the side returned, None for the image's own
+    pixels (`side` must be an int then). Returns (B, V, C, s, s) in the images' dtype. Resizing is
+    bilinear with antialiasing, as torchvision's `resized_crop`.
+    """
+    height, width = images.shape[-2:]
+    if isinstance(side, int) and size in (None, side):
+        # One gather. The index has an axis for each of B, V, C, y, x, and broadcasts over the rest.
+        pixel = torch.arange(side, device=images.device)
+        b = torch.arange(images.shape[0], device=images.device)[:, None, None, None, None]
+        c = torch.arange(images.shape[1], device=images.device)[:, None, None]
+        y = (top[..., None] + pixel)[:, :, None, :, None]  # (B, V, 1, s, 1)
+        x = (left[..., None] + pixel)[:, :, None, None, :]  # (B, V, 1, 1, s)
+        return images[b, c, y, x]
+    # Resizing is linear along each axis, so crop + resize is two small matrix products a patch,
+    # whatever each patch's own scale.
+    side = torch.as_tensor(side, device=images.device).expand(top.shape)
+    rows = _resize_weights(top, side, height, size).expand(len(images), -1, -1, -1)  # (B, V, s, H)
+    cols = _resize_weights(left, side, width, size).expand(len(images), -1, -1, -1)  # (B, V, s, W)
+    patches = torch.einsum("bvyh,bchw->bvcyw", rows, images.float())
+    patches = torch.einsum("bvcyw,bvxw->bvcyx", patches, cols)
+    if not images.is_floating_point():
+        patches = patches.round().clamp(0, 255)  # weights sum to 1 only up to rounding
+    return patches.to(images.dtype)
+
+
+def crop_patches(images, num_patches, scale, size=None, generator=None):
+    """Cut random patches, each independent and uniform over the positions that fit.
+
+    images: (B, C, H, W), uint8 or float, on any device. scale: the fraction of the image's area, a
+    float (fixed scale, the method) or (low, high) (multi-scale, the baseline). size: the side
+    returned; None keeps the image's own pixels, bit for bit, and needs a fixed scale.
+    generator: on the images' device; equal seeds give equal patches.
+    Returns (B, V, C, s, s) in the images' dtype. Raises ValueError on a scale outside (0, 1], and on
+    a range of scales without a size.
+    """
+    if size is None and isinstance(scale, (tuple, list)):
+        raise ValueError("patches of several scales have no common size of their own: give `size`")
+    places = draw_crops(images.shape[0], num_patches, *images.shape[-2:], scale, generator, images.device)
+    return cut_patches(images, *places, size)
+
+
+def grid_places(height, width, per_side, scale, device=None):
+    """The places of `grid_patches`: top, left int64 (1, per_side**2) in reading order, and the side."""
+    side = patch_side(height, width, scale)
+    even = torch.linspace(0, 1, per_side, device=device) if per_side > 1 else torch.tensor([0.5], device=device)
+    top, left = ((even * (extent - side)).round().long() for extent in (height, width))
+    return top.repeat_interleave(per_side)[None], left.repeat(per_side)[None], side
+
+
+def grid_patches(images, per_side, scale, size=None):
+    """Cut a grid of patches, evenly spaced from corner to corner; no randomness.
+
+    images: (B, C, H, W), uint8 or float. per_side=1 is the centre patch; scale=1 the whole image (of
+    an oblong one, its largest squares). Returns (B, per_side**2, C, s, s), s = `size` or native.
+    """
+    return cut_patches(images, *grid_places(*images.shape[-2:], per_side, scale, images.device), size)
+
+
+# --------------------------------------------------------------------------------------------------
+# Augmentation
+#
+# Every patch gets its own colours, so that colour alone cannot tell which patches share an image.
+# Operations, strengths and probabilities are those of the VICReg authors' code without the blur,
+# which small patches do not survive; the order is fixed. Equal parameters give what torchvision's functional
+# transforms give, for a batch in which each patch has its own parameters.
+
+
+def draw_augment(shape, generator=None, device=None, jitter_prob=0.8, brightness=0.4, contrast=0.4,
+                 saturation=0.2, hue=0.1, gray_prob=0.2, solarize_prob=0.1):
+    """Draw the parameters of `apply_augment` for patches of leading shape `shape`: a dict of tensors.
+
+    Brightness, contrast and saturation factors are uniform in 1 +- strength, hue shifts uniform in
+    +- `hue` turns, all four applied with `jitter_prob`; a flip has probability 1/2.
+    """
+    def uniform(low=0.0, high=1.0):
+        return torch.rand(shape, generator=generator, device=device) * (high - low) + low
+
+    jitter = uniform() < jitter_prob
+    return {
+        "flip": uniform() < 0.5,
+        "brightness": torch.where(jitter, uniform(1 - brightness, 1 + brightness), 1.0),
+        "contrast": torch.where(jitter, uniform(1 - contrast, 1 + contrast), 1.0),
+        "saturation": torch.where(jitter, uniform(1 - saturation, 1 + saturation), 1.0),
+        "hue": torch.where(jitter, uniform(-hue, hue), 0.0),
+        "gray": uniform() < gray_prob,
+        "solarize": uniform() < solarize_prob,
+    }
+
+
+def _luma(patches):
+    """ITU-R 601 grey value, torchvision's weights: (..., 3, s, s) -> (..., 1, s, s)."""
+    r, g, b = patches.unbind(-3)
+    return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(-3)
+
+
+def _shift_hue(patches, shift):
+    """Turn the hue by `shift` turns: (..., 3, s, s) through HSV and back."""
+    r, g, b = patches.unbind(-3)
+    value, low = patches.amax(-3), patches.amin(-3)
+    chroma = value - low
+    safe = torch.where(chroma > 0, chroma, 1.0)  # grey has no hue: any will do
+    sector = torch.where(value == r, (g - b) / safe,
+                         torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
+    sector = sector + 6 * shift.squeeze(-3)  # (..., s, s), in sixths of a turn
+
+    def channel(offset):  # each channel is the same trapezoid of the hue, a third of a turn apart
+        k = (sector + offset) % 6
+        return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+    return torch.stack([channel(5), channel(3), channel(1)], -3)
+
+
+def apply_augment(patches, params):
+    """Apply drawn parameters. patches: float (..., 3, s, s) in [0, 1]; params: tensors of shape (...)."""
+    p = {name: value[..., None, None, None] for name, value in params.items()}
+    x = torch.where(p["flip"], patches.flip(-1), patches)
+    x = (x * p["brightness"]).clamp(0, 1)
+    x = torch.lerp(_luma(x).mean((-2, -1), keepdim=True).expand_as(x), x, p["contrast"]).clamp(0, 1)
+    x = torch.lerp(_luma(x).expand_as(x), x, p["saturation"]).clamp(0, 1)
+    x = _shift_hue(x, p["hue"])
+    x = torch.where(p["gray"], _luma(x), x)
+    return torch.where(p["solarize"] & (x >= 0.5), 1 - x, x)
+
+
+def augment(patches, generator=None, **strengths):
+    """Flip, jitter, grey and solarise each patch by its own random parameters.
+
+    patches: float (..., 3, s, s) in [0, 1]; same shape and range returned. strengths: see
+    `draw_augment`. Raises ValueError on patches that are not float or have no 3 channels.
+    """
+    if not patches.is_floating_point() or patches.shape[-3] != 3:
+        raise ValueError(f"augment takes float patches (..., 3, s, s) in [0, 1], not {patches.dtype} "
+                         f"of shape {tuple(patches.shape)}")
+    return apply_augment(patches, draw_augment(patches.shape[:-3], generator, patches.device, **strengths))
+
+
+# --------------------------------------------------------------------------------------------------
+# Encoder
+#
+# A patch x has an embedding h = f(x), the backbone's output, which is what one keeps, and a
+# projection z = g(h), the projector's, on which the loss acts (the paper's section 2).
+
+
+def normalize(images):
+    """uint8 in [0, 255] or float in [0, 1] -> float32 standardised by ImageNet's mean and deviation."""
+    images = images.float() / (1 if images.is_floating_point() else 255)
+    mean = torch.tensor([0.485, 0.456, 0.406], device=images.device)[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225], device=images.device)[:, None, None]
+    return (images - mean) / std
+
+
+def make_backbone(arch="resnet18", stem_stride=4):
+    """torchvision's ResNet-18, 34 or 50 without its classifier: (N, 3, s, s) -> (N, D).
+
+    stem_stride=4 is torchvision's own stem (7 x 7 convolution of stride 2, then pooling). A patch
+    of a few pixels would be one pixel after it, so for 1 or 2 the stem is one 3 x 3 convolution of that stride.
+    """
+    backbone = getattr(torchvision.models, arch)()
+    backbone.fc = nn.Identity()
+    if stem_stride != 4:
+        backbone.conv1 = nn.Conv2d(3, 64, 3, stem_stride, 1, bias=False)
+        nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+        backbone.maxpool = nn.Identity()
+    return backbone
+
+
+class Encoder(nn.Module):
+    """Backbone f and three-layer projector g: standardised patches (N, 3, s, s) -> h (N, D), z (N, D')."""
+
+    def __init__(self, arch="resnet18", stem_stride=4, projector=2048):
+        super().__init__()
+        self.backbone = make_backbone(arch, stem_stride)
+        width = self.backbone.layer4[-1].bn2.num_features if arch != "resnet50" else 2048
+        self.projector = nn.Sequential(
+            nn.Linear(width, projector, bias=False), nn.BatchNorm1d(projector), nn.ReLU(inplace=True),
+            nn.Linear(projector, projector, bias=False), nn.BatchNorm1d(projector), nn.ReLU(inplace=True),
+            nn.Linear(projector, projector, bias=False))
+
+    def forward(self, x):
+        h = self.backbone(x)
+        return h, self.projector(h)
+
+
+# --------------------------------------------------------------------------------------------------
+# Loss
+#
+# Two patches of one image should have close projections (invariance), over the batch each dimension
+# of z should vary (variance), and no two dimensions should vary together (covariance); the last two
+# keep z from collapsing to a point or a line.
+#
+# What this learns, in the paper's formal terms: let p(x1, x2) be the probability that two patches
+# come from one image, and look for z whose inner products give the co-occurrence of patches,
+#     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - p(x1, x2) / (p(x1) p(x2)))^2 ].
+# Expanding the square, E_{p p}[(z1.z2)^2] = || E[z z^T] ||_F^2, and up to a constant
+#     L_C = 2 w L_S,   L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2:
+# pull together what co-occurs, and keep the covariance small. VICReg centres z and splits the
+# Frobenius norm into its diagonal (variance) and the rest (covariance).
+
+
+def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4):
+    """VICReg for V patches an image: the mean, over all pairs of patches, of the two-view loss.
+
+    z: projections (B, V, D), B >= 2 images of V >= 2 patches. For patches i and j of every image,
+        inv_weight mse(zi, zj) + var_weight (hinge(zi) + hinge(zj)) / 2 + cov_weight (cov(zi) + cov(zj)),
+        hinge(z) = mean_d relu(1 - sqrt(var_d + eps)),  cov(z) = sum_{d != e} cov_de^2 / D,
+    variances and covariances over the batch, with divisor B - 1. This is the VICReg authors' code
+    (Bardes, Ponce, LeCun, 2022); the equation in their paper does not halve the hinges.
+    Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. float32 inside
+    autocast too; float64 stays float64. Raises ValueError on a z of another shape.
+    """
+    if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
+        raise ValueError(f"vicreg_loss takes z (B, V, D) with B >= 2 and V >= 2, not {tuple(z.shape)}")
+    B, V, D = z.shape
+    with torch.autocast(z.device.type, enabled=False):
+        z = z if z.dtype == torch.float64 else z.float()
+        # Over pairs, the mean of |zi - zj|^2 is 2 / (V - 1) times the sum of |zv - mean z|^2.
+        inv = 2 / (V - 1) * (z - z.mean(1, keepdim=True)).square().sum() / (B * D)
+        # Each patch is in equally many pairs: the mean over pairs of hinges and covariances is that over patches.
+        z = (z - z.mean(0)).transpose(0, 1)  # (V, B, D), each dimension centred over the batch
+        variance = z.square().sum(1) / (B - 1)  # (V, D)
+        var = (1 - (variance + eps).sqrt()).relu().mean()
+        # ||Z^T Z||_F = ||Z Z^T||_F: take the smaller product, and its diagonal off by the variances.
+        product = z @ z.mT if B < D else z.mT @ z  # (V, B, B) or (V, D, D)
+        cov = 2 * (product.square().sum() / (B - 1) ** 2 - variance.square().sum()) / (V * D)
+        loss = inv_weight * inv + var_weight * var + cov_weight * cov
+    return loss, {"inv": inv.detach(), "var": var.detach(), "cov": cov.detach()}
+
+
+# --------------------------------------------------------------------------------------------------
+# Bag of patches
+#
+# The image's representation: the mean of the embeddings h, not the projections z, of its patches.
+
+
+class BagOfPatches(nn.Module):
+    """Images in, the mean embedding of a grid of their patches out.
+
+    backbone: patches (N, 3, s, s) -> (N, D). per_side**2 patches of area fraction `scale`, resized
+    to `size` if given (see `grid_patches`). forward takes (B, 3, H, W), uint8 or float in [0, 1],
+    and returns float32 (B, D). At most `chunk` patches go through the backbone at once, so memory
+    stays bounded for any number of images and patches (without gradients). Call .eval() first:
+    batch statistics of a chunk are not the training's.
+    """
+
+    def __init__(self, backbone, per_side, scale, size=None, chunk=512):
+        super().__init__()
+        self.backbone, self.chunk = backbone, chunk
+        self.per_side, self.scale, self.size = per_side, scale, size
+
+    def forward(self, images):
+        top, left, side = grid_places(*images.shape[-2:], self.per_side, self.scale, images.device)
+        bags = []
+        for block in images.split(max(1, self.chunk // top.shape[1])):
+            total = 0
+            for rows, columns in zip(top.split(self.chunk, 1), left.split(self.chunk, 1)):
+                patches = cut_patches(block, rows, columns, side, self.size).flatten(0, 1)
+                h = self.backbone(normalize(patches).contiguous(memory_format=torch.channels_last))
+                total = total + h.float().unflatten(0, (len(block), -1)).sum(1)
+            bags.append(total / top.shape[1])
+        return torch.cat(bags)
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+#
+# Whatever the source, images arrive as one uint8 tensor (N, 3, S, S): decoding happens once, not
+# once an epoch, and a set that fits lies on the device, where a batch is one indexing operation.
+
+TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashionmnist": "FashionMNIST"}
+DEMO_COUNTS = {"pretrain": 12_000, "train": 4_000, "test": 2_000}
+
+
+class Progress:
+    """One line that updates in place on a terminal; elsewhere a line every 30 seconds."""
+
+    def __init__(self, quiet=False):
+        self.quiet, self.terminal, self.due = quiet, sys.stdout.isatty(), 0.0
+
+    def __call__(self, text, last=False):
+        if self.quiet or not (last or time.monotonic() >= self.due):
+            return
+        self.due = time.monotonic() + (0.2 if self.terminal else 30)
+        if self.terminal:
+            text = text[:shutil.get_terminal_size().columns - 1]
+            print(f"\r\x1b[K{text}", end="\n" if last else "", flush=True)
+        else:
+            print(text, flush=True)
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def list_images(folder):
+    """Image files at any depth below `folder`, hidden ones left out: sorted [(relative path, size, mtime)]."""
+    found, folders = [], [folder]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.path)
+                elif entry.name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS):
+                    stat = entry.stat()
+                    found.append((os.path.relpath(entry.path, folder), stat.st_size, stat.st_mtime_ns))
+    return sorted(found)
+
+
+def find_folder(dataset, data):
+    """The folder that holds `dataset` as images, or None: `data`/`dataset` or `data` itself.
+
+    It has a train/ folder, or images in it or in its subfolders (a set without splits).
+    """
+    data = Path(data or "data")
+    for folder in (data / dataset, data):
+        if (folder / "train").is_dir():
+            return folder
+        if folder.is_dir():
+            nearby = [path for pattern in ("*", "*/*") for path in folder.glob(pattern)]
+            if any(path.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS for path in nearby):
+                return folder
+    return None
+
+
+def decode_image(path, size):
+    """Read, resize the short side to `size`, centre-crop: uint8 (3, size, size), and the short side it had."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image).convert("RGB")
+    short = min(image.size)
+    image = torchvision.transforms.functional.resize(image, size)
+    image = torchvision.transforms.functional.center_crop(image, size)
+    return np.asarray(image).transpose(2, 0, 1), short
+
+
+def decode_folder(folder, listing, size, cache, quiet=False):
+    """All images of `listing` as one memory-mapped uint8 (N, 3, size, size), and the smallest short side.
+
+    Decoded once, by all cores, into a .npy file in `cache` whose name holds a hash of the listing, so that a changed
+    folder is decoded anew. It is written aside and renamed: two processes may do so at once.
+    Raises UserError naming every file that cannot be read.
+    """
+    signature = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
+    stem = f"{folder.name}-{size}px-"
+    for path in cache.glob(f"{stem}{signature}-short*.npy"):
+        try:
+            return np.load(path, mmap_mode="c"), int(path.stem.rpartition("short")[2])
+        except ValueError:
+            path.unlink()  # cut short: decode again
+    smallest, broken, progress, start = 1 << 30, [], Progress(quiet), time.monotonic()
+
+    def decode(name):
+        try:
+            return decode_image(folder / name, size)
+        except Exception as error:  # whatever a decoder raises on a broken file
+            broken.append(f"{name} ({error})" if isinstance(error, Image.DecompressionBombError) else name)
+
+    aside = cache / f".{os.getpid()}.npy"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(listing), 3, size, size)}
+            np.lib.format.write_array_header_2_0(file, header)
+            for first in range(0, len(listing), 1024):
+                for decoded in pool.map(decode, [name for name, *_ in listing[first:first + 1024]]):
+                    if decoded is not None:
+                        file.write(decoded[0].tobytes())
+                        smallest = min(smallest, decoded[1])
+                done = min(first + 1024, len(listing))
+                left = (time.monotonic() - start) * (len(listing) / done - 1)
+                progress(f"decoding {folder}: {done:,} of {len(listing):,} images, {clock(left)} left",
+                         last=done == len(listing))
+        if broken:
+            raise UserError(f"{len(broken)} of {len(listing)} images in {folder} cannot be read: "
+                            f"{', '.join(sorted(broken))}; remove or replace them")
+        for old in cache.glob(f"{stem}*.npy"):
+            old.unlink(missing_ok=True)
+        path = cache / f"{stem}{signature}-short{smallest}.npy"
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write decoded images to {cache} ({error}); "
+                        f"name another folder with --cache") from error
+    finally:
+        aside.unlink(missing_ok=True)
+    return np.load(path, mmap_mode="c"), smallest
+
+
+def load_torchvision(dataset, root, split, quiet=False):
+    """One of torchvision's small sets, found in `root` or downloaded: uint8 (N, 3, S, S), labels (N,)."""
+    loader = getattr(torchvision.datasets, TORCHVISION_SETS[dataset])
+    which = {"train": split != "test"}
+    if dataset == "stl10":
+        which = {"split": {"pretrain": "train+unlabeled"}.get(split, split)}
+    try:
+        found = loader(root, download=False, **which)
+    except RuntimeError:
+        try:
+            if not quiet:
+                print(f"{TORCHVISION_SETS[dataset]} is not in {root}: downloading it", flush=True)
+            found = loader(root, download=True, **which)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"no {TORCHVISION_SETS[dataset]} in {root} or {root / dataset}, and it could not be downloaded "
+                f"({error}); name a folder that has it with --data, or use --preset demo, which needs none") from error
+    images = np.asarray(found.data)
+    if images.ndim == 3:  # grey: (N, H, W)
+        images = np.repeat(images[:, None], 3, axis=1)
+    elif images.shape[-1] == 3:  # (N, H, W, 3)
+        images = images.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(images), np.asarray(found.labels if dataset == "stl10" else found.targets)
+
+
+def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0, min_side=1, quiet=False):
+    """Load a set of images: uint8 (N, 3, image_size, image_size) and labels int64 (N,), or None without labels.
+
+    split: "pretrain" (labels may be missing), "train" or "test". Images are looked for as class
+    folders (train/ with val/ or test/) or, for pretraining, as any folder of photos; then as
+    torchvision's own files, downloaded if missing. Raises UserError if there is nothing to load, if
+    files are broken, and if an image's short side is under `min_side` pixels.
+    """
+    folder = find_folder(dataset, data) if data or dataset != "demo" else None
+    if folder:
+        train = folder / "train" if (folder / "train").is_dir() else folder
+        chosen = train
+        if split == "test":
+            chosen = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
+            if chosen is None or train == folder:
+                raise UserError(f"{folder} has no train/ with val/ or test/ of class folders, which the probe needs")
+        listing = list_images(chosen)
+        if not listing:
+            raise UserError(f"no images in {chosen}; name another folder with --data")
+        if split == "pretrain":
+            labels = None
+        else:
+            classes = sorted({Path(name).parts[0] for name, *_ in list_images(train) if len(Path(name).parts) > 1})
+            index = {name: number for number, name in enumerate(classes)}
+            unknown = sorted({Path(name).parts[0] for name, *_ in listing} - index.keys())
+            if not classes or unknown:
+                raise UserError(f"{chosen} has no labels to probe: images must lie in class folders, the same "
+                                f"in train/ and val/ or test/" + (f", not {', '.join(unknown[:5])}" if unknown else ""))
+            labels = np.array([index[Path(name).parts[0]] for name, *_ in listing])
+        images, smallest = decode_folder(chosen, listing, image_size, Path(cache or folder / ".bagssl"), quiet)
+        if smallest < min_side:
+            raise UserError(f"images in {chosen} are as small as {smallest} pixels, and patches are {min_side}: remove "
+                            f"the small images, or lower --image-size or --patch-scale")
+    elif dataset in TORCHVISION_SETS:
+        images, labels = load_torchvision(dataset, Path(data or "data"), split, quiet)
+    elif dataset == "demo" and not data:
+        which = list(DEMO_COUNTS).index(split)
+        images, labels, _ = demo_images(DEMO_COUNTS[split], image_size, (seed, which))
+    else:
+        raise UserError(f"no images in {Path(data or 'data') / dataset} or {data or 'data'} (looked for train/ with "
+                        f"class folders, and for photos); name their folder with --data, or use --preset demo, "
+                        f"which needs none")
+    images = torch.from_numpy(images)
+    if images.shape[-1] != image_size:
+        images = torch.cat([torchvision.transforms.functional.resize(block, [image_size, image_size])
+                            for block in images.split(1024)])
+    return images, None if labels is None else torch.from_numpy(labels).long()
+
+
+# --------------------------------------------------------------------------------------------------
+# The demo's world
+#
+# Images whose truth is known. An image is a 5 x 5 grid of cells; each cell holds one of 24 types of
+# part, drawn from the distribution of the image's class. Classes share their parts, so no single
+# part tells the class, and the mix of all parts does. Colour, angle, phase, contrast and noise
+# tell nothing. One patch is as large as one cell.
+
+DEMO_CELLS, DEMO_CLASSES, DEMO_PARTS = 5, 10, 24
+
+
+def demo_world():
+    """p(part | class), float64 (10, 24): every class is a few common parts and many rare ones."""
+    return np.random.default_rng(0).dirichlet(np.full(DEMO_PARTS, 0.35), DEMO_CLASSES)
+
+
+def demo_bayes_accuracy():
+    """The accuracy of the best possible guess of the class from one part alone, classes equally likely."""
+    return demo_world().max(0).sum() / DEMO_CLASSES
+
+
+def render_part(part, side, rng, count):
+    """Draw `count` pictures of one part type: uint8 (count, 3, side, side)."""
+    def uniform(low, high, *shape):
+        return rng.uniform(low, high, (count, *shape, 1, 1)).astype(np.float32)
+
+    family, level = divmod(part, 4)
+    y, x = np.mgrid[-1:1:side * 1j, -1:1:side * 1j].astype(np.float32)
+    angle, dy, dx = uniform(0, 2 * np.pi), uniform(-0.25, 0.25), uniform(-0.25, 0.25)
+    u = np.cos(angle) * (x - dx) + np.sin(angle) * (y - dy)  # (count, side, side)
+    v = np.cos(angle) * (y - dy) - np.sin(angle) * (x - dx)
+    radius, turn = np.hypot(u, v), np.arctan2(v, u)
+    frequency = np.pi * (1.2, 1.9, 2.7, 3.6)[level]
+    corners = level + 3
+    tone = (
+        lambda: np.cos(frequency * u),  # gratings
+        lambda: np.cos(frequency * u) * np.cos(frequency * v),  # checks
+        lambda: np.cos(frequency * radius),  # rings
+        lambda: np.cos((level + 2) * turn),  # spokes
+        lambda: 8 * (0.6 - radius * np.cos((turn % (2 * np.pi / corners)) - np.pi / corners)),  # polygons
+        lambda: 3 * np.maximum(np.cos(frequency * u), np.cos(frequency * v)) - 2.4,  # grids of lines
+    )[family]().clip(-1, 1)[:, None]
+    paper, ink = uniform(0, 1, 3), uniform(0, 1, 3)
+    image = paper + (ink - paper) * (0.5 + 0.5 * tone * uniform(0.4, 1, 1))
+    image = image + rng.normal(0, 0.04, image.shape)
+    return (image.clip(0, 1) * 255).astype(np.uint8)
+
+
+def demo_images(count, image_size, seed):
+    """`count` images of the demo's world: uint8 (N, 3, S, S), class (N,), parts (N, 5, 5)."""
+    if image_size % DEMO_CELLS:
+        raise UserError(f"the demo's images are {DEMO_CELLS} cells wide: give an --image-size that "
+                        f"{DEMO_CELLS} divides, not {image_size}")
+    rng = np.random.default_rng(seed)
+    side = image_size // DEMO_CELLS
+    labels = rng.integers(DEMO_CLASSES, size=count)
+    cumulative = demo_world().cumsum(1)[labels][:, None]  # (N, 1, 24)
+    parts = (rng.random((count, DEMO_CELLS**2, 1)) > cumulative).sum(-1).clip(max=DEMO_PARTS - 1)  # (N, 25)
+    cells = np.empty((count, DEMO_CELLS**2, 3, side, side), np.uint8)
+    for part in range(DEMO_PARTS):
+        here = parts == part
+        cells[here] = render_part(part, side, rng, here.sum())
+    cells = cells.reshape(count, DEMO_CELLS, DEMO_CELLS, 3, side, side)
+    images = cells.transpose(0, 3, 1, 4, 2, 5).reshape(count, 3, image_size, image_size)
+    return images, labels, parts.reshape(count, DEMO_CELLS, DEMO_CELLS)
+
+
+# --------------------------------------------------------------------------------------------------
+# Processes and devices
+
+
+@dataclass
+class World:
+    """This process among those that torchrun started; alone without it."""
+
+    rank: int = int(os.environ.get("RANK", 0))
+    local_rank: int = int(os.environ.get("LOCAL_RANK", 0))
+    size: int = int(os.environ.get("WORLD_SIZE", 1))
+
+
+def pick_device(name, local_rank=0):
+    """The torch.device asked for, or the best there is. Raises UserError if it cannot be used."""
+    mps = torch.backends.mps.is_available()
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    try:
+        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name} cannot be used here ({str(error).splitlines()[0]}); "
+                        f"give --device cuda, mps or cpu") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def join(world, device):
+    """Meet the other processes, if torchrun started any."""
+    if world.size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def has_bf16(device):
+    """Whether the device multiplies bfloat16 natively; emulated, it is many times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def generator_for(device, *key):
+    """A generator seeded by integers such as (seed, stream, step): equal on every process and restart."""
+    return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+class GatherRows(torch.autograd.Function):
+    """Every process's rows, concatenated; the gradients of a row, summed, return to where it came from."""
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, x.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """Batch statistics over all processes: torch's module, which needs a GPU, and the same for CPUs."""
+
+    def forward(self, x):
+        if x.is_cuda or not self.training:
+            return super().forward(x)
+        axes, shape = [axis for axis in range(x.ndim) if axis != 1], [-1] + [1] * (x.ndim - 2)
+        mean = GatherRows.apply(x.mean(axes)[None]).mean(0)
+        var = GatherRows.apply((x - mean.view(shape)).square().mean(axes)[None]).mean(0)
+        count = dist.get_world_size() * x.numel() // x.shape[1]
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        return x * scale.view(shape) + (self.bias - mean * scale).view(shape)
+
+
+# --------------------------------------------------------------------------------------------------
+# The run's folder: config.json, log.jsonl, checkpoint.pt, backbone.pt
+
+
+def save_atomically(path, content):
+    """Save bytes, or what torch.save takes, aside, flush to disk, rename: `path` is whole at any moment."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(aside, "wb") as file:
+            file.write(content) if isinstance(content, bytes) else torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of this program: a dict of config, encoder, optimizer, step.
+
+    No code in the file is run. Raises UserError if it is missing, damaged, or not ours.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint at {path}; train one with bagssl.py, which prints where it saves")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch raises on a damaged or foreign file
+        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__} on reading it); "
+                        f"give a checkpoint.pt that bagssl.py wrote") from error
+    if not isinstance(checkpoint, dict) or not {"config", "encoder", "step"} <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of bagssl.py; give a checkpoint.pt that it wrote")
+    return checkpoint
+
+
+def load_encoder(path):
+    """The trained encoder in eval mode, on the CPU, and its Config, from a `checkpoint.pt`."""
+    checkpoint = load_checkpoint(path)
+    config = Config(**checkpoint["config"])
+    encoder = Encoder(config.arch, config.stem_stride, config.projector)
+    encoder.load_state_dict(checkpoint["encoder"])
+    return encoder.eval().to(memory_format=torch.channels_last), config
+
+
+def open_run(config, writes):
+    """Make the run's folder, or check that the run in it is this one; returns its checkpoint or None."""
+    out = Path(config.out)
+    settings = {name: value for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items()
+                if name not in ("preset", "out", "cache", "device", "compile", "save_every")}
+    if (out / "config.json").is_file():
+        there = json.loads((out / "config.json").read_text())
+        changed = [f"{name} was {there.get(name)!r}, is {settings[name]!r}"
+                   for name in settings if there.get(name) != settings[name]]
+        if changed:
+            raise UserError(f"{out} holds a run of another config ({'; '.join(changed)}); "
+                            f"give another --out, or remove that folder")
+        return load_checkpoint(out / "checkpoint.pt") if (out / "checkpoint.pt").exists() else None
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} exists and holds no run of bagssl.py; give another --out")
+    if writes:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            save_atomically(out / "config.json", json.dumps(settings, indent=1).encode())
+        except OSError as error:
+            raise UserError(f"cannot write to {out} ({error}); give another --out") from error
+    return None
+
+
+class Log:
+    """log.jsonl, a line a step, and the progress line. Rows wait on the device until there is time to read them."""
+
+    def __init__(self, path, start, steps):
+        kept = path.read_text().splitlines()[:start] if path.exists() else []  # a resumed run rewrites the rest
+        save_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+        self.path, self.steps, self.progress, self.waiting = path, steps, Progress(), []
+        self.begun, self.begun_at = time.monotonic(), start
+
+    def add(self, step, lr, loss, terms):
+        self.waiting.append((step, lr, torch.stack([loss.detach(), *terms.values()])))
+
+    def flush(self, config, h):
+        """Write what waits. Raises FloatingPointError at a loss that is not a number."""
+        values = torch.stack([row for *_, row in self.waiting]).tolist()  # the one wait for the device
+        step, lr, _ = self.waiting[-1]
+        done = step + 1 - self.begun_at
+        seconds = time.monotonic() - self.begun
+        rate, rank = done * config.batch_size * config.num_patches / seconds, effective_rank(h)
+        with open(self.path, "a") as file:
+            for (at, lr, _), row in zip(self.waiting, values):
+                entry = {"step": at, **dict(zip(("loss", "inv", "var", "cov"), row)), "lr": lr}
+                if at == step:
+                    entry |= {"patches_per_s": rate, "effective_rank": rank}
+                file.write(json.dumps(entry) + "\n")
+        self.waiting.clear()
+        loss, inv, var, cov = values[-1]
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step} (inv {inv}, var {var}, cov {cov}, learning "
+                                     f"rate {lr:.2g}); try a lower --lr")
+        self.progress(f"step {step + 1:>{len(str(self.steps))}}/{self.steps}  "
+                      f"{clock(seconds / done * (self.steps - step - 1))} left  loss {loss:.3f} (inv {inv:.3f}  "
+                      f"var {var:.3f}  cov {cov:.3f})  rank {rank:.0f}/{h.shape[1]}  lr {lr:.1e}  {rate:,.0f} patches/s",
+                      last=step + 1 == self.steps)
+
+
+# --------------------------------------------------------------------------------------------------
+# Training
+#
+# Everything random is a function of (seed, epoch) or (seed, step): each process draws the numbers of
+# the whole batch and keeps those of its own images. So the patches do not depend on the number of
+# processes, and a run that continues from a checkpoint sees what it would have seen.
+
+
+def learning_rate(step, steps, config):
+    """Linear warm-up, then half a cosine down to zero."""
+    warmup = max(1, round(config.warmup * steps))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def effective_rank(h):
+    """exp of the entropy of the singular values of centred h (N, D): 1 when collapsed, at most D."""
+    h = h.detach().float()[:1024]
+    h = h - h.mean(0)
+    spectrum = torch.linalg.eigvalsh(h.T @ h).clamp(min=0).sqrt()  # far cheaper than the SVD
+    return torch.special.entr(spectrum / spectrum.sum()).sum().exp().item()
+
+
+def make_input(images, top, left, side, size, params):
+    """The encoder's input (B V, 3, s, s): patches cut, augmented, standardised. Pure, to be compiled."""
+    patches = cut_patches(images, top, left, side, size).float() / 255
+    return normalize(apply_augment(patches, params)).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def load_once(world, **source):
+    """load_images, with one process a node decoding or downloading while its others wait for it."""
+    if world.size == 1:
+        return load_images(**source)
+    patience = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    if world.local_rank != 0:
+        dist.barrier(patience)
+    loaded = load_images(**source)
+    if world.local_rank == 0:
+        dist.barrier(patience)
+    return loaded
+
+
+def train(config, world):
+    """Pretrain as `config` says; `config.out` gets checkpoint.pt, backbone.pt and log.jsonl."""
+    device, writes, out = pick_device(config.device, world.local_rank), world.rank == 0, Path(config.out)
+    checkpoint = open_run(config, writes)
+    fixed = len(config.patch_scale) == 1
+    scale, size = config.patch_scale[0] if fixed else config.patch_scale, config.patch_size or None
+    native = patch_side(config.image_size, config.image_size, config.patch_scale[0])
+    images, _ = load_once(world, dataset=config.dataset, data=config.data, split="pretrain",
+                          image_size=config.image_size, cache=config.cache, seed=config.seed,
+                          min_side=native, quiet=not writes)
+    N, B, V = len(images), config.batch_size, config.num_patches
+    if N < B:
+        raise UserError(f"{N} images are less than one batch of {B}; give more images or a smaller --batch-size")
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        images = images.to(device)
+    epoch_steps = N // B  # an epoch's last, incomplete batch is left out
+    steps, start = config.epochs * epoch_steps, checkpoint["step"] if checkpoint else 0
+
+    torch.manual_seed(config.seed)
+    encoder = Encoder(config.arch, config.stem_stride, config.projector)
+    encoder = encoder.to(device, memory_format=torch.channels_last)
+    if world.size > 1:
+        for module in list(encoder.modules()):  # keeps the parameters; statistics become the whole batch's
+            for name, child in module.named_children():
+                if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                    setattr(module, name, SyncBatchNorm(child.num_features).to(device))
+    matrices, vectors = ([p for p in encoder.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=config.lr,
+                                  weight_decay=config.weight_decay, fused=device.type == "cuda")
+    if checkpoint:
+        encoder.load_state_dict(checkpoint["encoder"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    model, prepare, bf16 = encoder, make_input, has_bf16(device)
+    if world.size > 1:
+        model = nn.parallel.DistributedDataParallel(encoder, device_ids=[device] if device.type == "cuda" else None)
+    if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
+        model, prepare = torch.compile(model), torch.compile(prepare)
+
+    if writes:
+        patches = f"patches of {native} x {native} pixels" if fixed else f"patches of {scale[0]:g} to {scale[1]:g} of its area"
+        print(f"images: {N:,} of {config.image_size} x {config.image_size}; {V} {patches} from each"
+              + (f", resized to {size} x {size}" if size else ""))
+        print(f"encoder: {config.arch}, {sum(p.numel() for p in encoder.backbone.parameters()) / 1e6:.1f} M parameters, "
+              f"on {world.size} {device.type} in {'bfloat16' if bf16 else 'float32'}")
+        print(f"run: {out}, {config.epochs} epochs of {epoch_steps} steps of {B} images"
+              + (f", continued at step {start}" if checkpoint else ""), flush=True)
+        if config.dataset == "demo" and not config.data:
+            print(f"the best possible guess of the class from one part is right {demo_bayes_accuracy():.1%} of the time")
+    if start == steps:
+        if writes:
+            print("the run is complete already; give another --out for a new one")
+        return
+
+    mine = slice(world.rank * B // world.size, (world.rank + 1) * B // world.size)  # of each batch
+
+    def fetch(step):
+        """This process's images of a step, on the device."""
+        epoch, batch = divmod(step, epoch_steps)
+        order = torch.randperm(N, generator=generator_for("cpu", config.seed, 0, epoch))
+        chosen = images[order[batch * B:(batch + 1) * B][mine].to(images.device)]
+        return (chosen.pin_memory() if device.type == "cuda" and not chosen.is_cuda else chosen).to(device, non_blocking=True)
+
+    def save(step):
+        torch_config = dataclasses.asdict(config)
+        save_atomically(out / "checkpoint.pt", {"config": torch_config, "encoder": encoder.state_dict(),
+                                                "optimizer": optimizer.state_dict(), "step": step})
+
+    log = Log(out / "log.jsonl", start, steps) if writes else None
+    begun = saved = logged = time.monotonic()
+    loader = ThreadPoolExecutor(1)
+    ahead = loader.submit(fetch, start)
+    for step in range(start, steps):
+        batch, ahead = ahead.result(), loader.submit(fetch, (step + 1) % steps)  # loads beside the arithmetic
+        generator = generator_for(device, config.seed, 1, step)
+        top, left, side = draw_crops(B, V, *batch.shape[-2:], scale, generator, device)
+        params = draw_augment((B, V), generator, device)
+        x = prepare(batch, top[mine], left[mine], side if fixed else side[mine], size,
+                    {name: value[mine] for name, value in params.items()})
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            h, z = model(x)
+        z = z.unflatten(0, (-1, V))  # (B / processes, V, D)
+        loss, terms = vicreg_loss(GatherRows.apply(z) if world.size > 1 else z,
+                                  config.inv_weight, config.var_weight, config.cov_weight)
+        for group in optimizer.param_groups:
+            group["lr"] = lr = learning_rate(step, steps, config)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # of the same loss on every process: averaged by DDP, the gather's summed gradients are exact
+        optimizer.step()
+
+        if writes:
+            now, last = time.monotonic(), step + 1 == steps
+            log.add(step, lr, loss, terms)
+            if save_now := last or now - saved > 60 * config.save_every:
+                saved = now
+            if save_now or step == start or now - logged > 5:
+                logged = now
+                log.flush(config, h)
+            if save_now:
+                save(step + 1)
+    if writes:
+        save_atomically(out / "backbone.pt", encoder.backbone.state_dict())
+        print(f"trained for {clock(time.monotonic() - begun)}; saved {out}/checkpoint.pt and, for torchvision, "
+              f"{out}/backbone.pt\nprobe it: python eval_linear.py --checkpoint {out}/checkpoint.pt")
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one sentence."""
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def parse_config(argv=None):
+    """The Config of a command line: defaults, overridden by the preset, overridden by the flags."""
+    comments = dict(re.findall(r"^    (\w+): [^#]*# (.*)$", inspect.getsource(Config), re.M))
+    parser = Parser(prog="bagssl.py", description=__doc__.partition("\n")[0], allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(Config):
+        several = isinstance(field.default, tuple)
+        parser.add_argument("--" + field.name.replace("_", "-"), nargs="+" if several else None,
+                            type=float if several else type(field.default), help=comments[field.name].replace("%", "%%"),
+                            metavar="X" if several else field.name.upper())
+    given = vars(parser.parse_args(argv))
+    preset = given.get("preset", "auto")
+    if preset == "auto":
+        preset = "cifar10" if torch.cuda.is_available() else "demo"
+        if World().rank == 0:
+            print(f"preset {preset}, since CUDA is {'' if preset == 'cifar10' else 'not '}available; "
+                  f"--preset chooses among {', '.join(PRESETS)}")
+    if preset not in PRESETS:
+        raise UserError(f"no preset {preset!r}; there are auto, {', '.join(PRESETS)}")
+    if "patch_scale" in given:
+        given["patch_scale"] = tuple(given["patch_scale"])
+    return Config(**{"out": f"runs/{preset}", **PRESETS[preset], **given, "preset": preset})
+
+
+def check_config(c, processes):
+    """Raise UserError at the first setting that cannot be."""
+    rules = [
+        (c.arch in ("resnet18", "resnet34", "resnet50"), f"no --arch {c.arch}; there are resnet18, resnet34, resnet50"),
+        (c.stem_stride in (1, 2, 4), f"--stem-stride is 1, 2 or 4, not {c.stem_stride}"),
+        (len(c.patch_scale) <= 2, f"--patch-scale takes one value or two, not {len(c.patch_scale)}"),
+        (all(0 < s <= 1 for s in c.patch_scale), f"--patch-scale is a fraction of the area, in (0, 1], not "
+                                                 f"{' '.join(f'{s:g}' for s in c.patch_scale)}"),
+        (c.patch_scale[0] <= c.patch_scale[-1], "two values of --patch-scale are the low one, then the high one"),
+        (len(c.patch_scale) == 1 or c.patch_size > 0, "patches of several scales need a --patch-size to be resized to"),
+        (c.patch_size >= 0 and c.image_size > 0, "--patch-size and --image-size are in pixels, from 1 up"),
+        (c.num_patches >= 2, f"--num-patches must be 2 or more, since patches are compared; not {c.num_patches}"),
+        (c.batch_size >= 2, f"--batch-size must be 2 or more, since statistics are over the batch; not {c.batch_size}"),
+        (c.batch_size % processes == 0, f"--batch-size {c.batch_size} cannot be shared by {processes} processes; "
+                                        f"give a multiple of {processes}"),
+        (c.epochs >= 1 and c.projector >= 1, "--epochs and --projector must be 1 or more"),
+        (c.lr > 0 and 0 <= c.warmup <= 1, "--lr must be above 0, and --warmup a part of the run, in [0, 1]"),
+        (c.compile in ("auto", "yes", "no"), f"--compile is auto, yes or no, not {c.compile}"),
+    ]
+    for holds, sentence in rules:
+        if not holds:
+            raise UserError(sentence)
+
+
+def run(main):
+    """Call main(); a UserError becomes one sentence on stderr and exit code 2."""
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        main()
+    except (UserError, FloatingPointError) as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def main():
+    world, config = World(), parse_config()
+    check_config(config, world.size)
+    join(world, pick_device(config.device, world.local_rank))
+    train(config, world)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,520 @@
+# SPDX-License-Identifier: MIT
+"""Tests of BagSSL: each property against an independent reference. Run: python -m pytest -q"""
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+import torchvision.transforms.functional as TF
+from PIL import Image
+
+import bagssl
+import eval_linear
+
+HERE = Path(__file__).parent
+TINY = ["--preset", "demo", "--image-size", "40", "--batch-size", "8", "--num-patches", "2", "--projector", "16",
+        "--epochs", "1", "--device", "cpu"]
+
+
+def command(*arguments, script="bagssl.py", launcher=(), timeout=300, **environment):
+    """Run a script as a user does; returns the finished process with its output as text."""
+    return subprocess.run([sys.executable, *launcher, str(HERE / script), *map(str, arguments)], text=True,
+                          capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+
+def refused(finished):
+    """The one sentence of a run that ended with exit code 2 and no traceback."""
+    assert finished.returncode == 2, finished.stderr
+    lines = finished.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), finished.stderr
+    return lines[0]
+
+
+def coordinates(height, width, batch=1):
+    """Images (B, 2, H, W) int64-valued float64 whose pixels hold their own row and column."""
+    grid = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+    return grid.double().expand(batch, -1, -1, -1)
+
+
+def write_image(path, size=(40, 40), seed=0, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return pixels
+
+
+# --------------------------------------------------------------------------------------------------
+# Patches
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_native_patches_are_the_images_own_pixels(dtype):
+    images = torch.randint(0, 256, (3, 3, 20, 28), generator=torch.Generator().manual_seed(0)).to(dtype)
+    patches = bagssl.crop_patches(images, 50, 0.1, generator=torch.Generator().manual_seed(1))
+    side = bagssl.patch_side(20, 28, 0.1)
+    assert patches.shape == (3, 50, 3, side, side) and patches.dtype == dtype
+    for image, its_patches in zip(images, patches):
+        windows = image.unfold(1, side, 1).unfold(2, side, 1).flatten(1, 2).transpose(0, 1)  # every place
+        for patch in its_patches:
+            assert (windows == patch).flatten(1).all(1).any()
+
+
+def test_patches_are_uniform_and_independent():
+    # A 7 x 6 image has 5 x 4 places for a 3 x 3 patch; a pair of patches has 400.
+    patches = bagssl.crop_patches(coordinates(7, 6, batch=40_000), 2, 9 / 42, generator=torch.Generator().manual_seed(0))
+    top, left = patches[:, :, 0, 0, 0].long(), patches[:, :, 1, 0, 0].long()
+    place = top * 4 + left
+    for counts, expected in (
+        (torch.bincount(place.flatten(), minlength=20), 4_000),  # each place equally often
+        (torch.bincount(place[:, 0] * 20 + place[:, 1], minlength=400), 100),  # whatever the other patch's
+    ):
+        degrees = len(counts) - 1
+        chi_square = ((counts - expected) ** 2 / expected).sum().item()
+        assert abs(chi_square - degrees) < 4.5 * math.sqrt(2 * degrees)
+
+
+def test_patches_depend_on_the_generator_alone():
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    first, again, other = (bagssl.crop_patches(images, 4, 0.25, generator=torch.Generator().manual_seed(seed))
+                           for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("size", [7, 16, 40])
+def test_resized_patches_agree_with_torchvision(dtype, size):
+    images = torch.randint(0, 256, (2, 3, 24, 32), generator=torch.Generator().manual_seed(0)).to(dtype)
+    top, left, side = bagssl.draw_crops(2, 6, 24, 32, (0.05, 0.7), torch.Generator().manual_seed(3))
+    assert side.unique().numel() > 4
+    patches = bagssl.cut_patches(images, top, left, side, size)
+    for b, v in itertools.product(range(2), range(6)):
+        s = side[b, v].item()
+        expected = TF.resized_crop(images[b], top[b, v].item(), left[b, v].item(), s, s, [size, size], antialias=True)
+        assert patches.dtype == dtype
+        assert (patches[b, v].double() - expected.double()).abs().max() <= (1 if dtype == torch.uint8 else 0.01)
+
+
+def test_multi_scale_covers_the_range_and_stays_inside():
+    top, left, side = bagssl.draw_crops(500, 20, 32, 48, (0.1, 0.6), torch.Generator().manual_seed(0))
+    assert top.min() == 0 and left.min() == 0
+    assert (top + side).max() == 32 and (left + side).max() == 48
+    area = side.double().square() / (32 * 48)
+    assert abs(area.mean() - 0.35) < 0.01 and area.min() < 0.12 and area.max() > 0.57
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.1, 1.01, (0.0, 0.5), (0.5, 1.2), (0.6, 0.3)])
+def test_scale_out_of_range_is_refused(scale):
+    with pytest.raises(ValueError, match="scale"):
+        bagssl.crop_patches(torch.zeros(1, 3, 8, 8), 2, scale, size=4)
+
+
+def test_several_scales_need_a_size():
+    with pytest.raises(ValueError, match="size"):
+        bagssl.crop_patches(torch.zeros(1, 3, 8, 8), 2, (0.2, 0.5))
+
+
+def test_grid_patches():
+    images = coordinates(32, 48, batch=2)
+    grid = bagssl.grid_patches(images, 4, 64 / (32 * 48))
+    assert grid.shape == (2, 16, 2, 8, 8)
+    corners = grid[0, :, :, 0, 0].unflatten(0, (4, 4))  # (row, column, coordinate)
+    assert corners[:, 0, 0].tolist() == [0, 8, 16, 24] and corners[0, :, 1].tolist() == [0, 13, 27, 40]
+    centre = bagssl.grid_patches(images, 1, 64 / (32 * 48))
+    assert centre[0, 0, :, 0, 0].tolist() == [12, 20]
+    square = torch.rand(2, 3, 16, 16)
+    assert torch.equal(bagssl.grid_patches(square, 1, 1.0)[:, 0], square)
+    assert torch.equal(bagssl.grid_patches(square, 3, 1.0), square[:, None].expand(-1, 9, -1, -1, -1))
+
+
+# --------------------------------------------------------------------------------------------------
+# Augmentation
+
+IDENTITY = dict(flip=False, brightness=1.0, contrast=1.0, saturation=1.0, hue=0.0, gray=False, solarize=False)
+
+
+@pytest.mark.parametrize("name, values, reference", [
+    ("flip", [True, False], lambda x, on: TF.hflip(x) if on else x),
+    ("brightness", [0.0, 0.6, 1.4, 3.0], TF.adjust_brightness),
+    ("contrast", [0.0, 0.6, 1.4, 3.0], TF.adjust_contrast),
+    ("saturation", [0.0, 0.8, 1.2, 3.0], TF.adjust_saturation),
+    ("hue", [-0.5, -0.1, 0.0, 0.07, 0.5], TF.adjust_hue),
+    ("gray", [True, False], lambda x, on: TF.rgb_to_grayscale(x, 3) if on else x),
+    ("solarize", [True, False], lambda x, on: TF.solarize(x, 0.5) if on else x),
+])
+def test_augment_agrees_with_torchvision(name, values, reference):
+    patches = torch.rand(len(values), 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    patches[:, :, 0] = patches[:, :1, 0]  # a row of greys, which have no hue
+    patches[:, :, 1, 0], patches[:, :, 1, 1] = 0.0, 1.0
+    params = {key: torch.tensor(values if key == name else [default] * len(values)) for key, default in IDENTITY.items()}
+    for patch, value, found in zip(patches, values, bagssl.apply_augment(patches, params)):
+        torch.testing.assert_close(found, reference(patch, value), atol=2e-6, rtol=0)
+
+
+def test_augment_draws_for_each_patch_with_the_stated_odds():
+    shape = (200, 100)
+    params = bagssl.draw_augment(shape, torch.Generator().manual_seed(0))
+    odds = {"flip": params["flip"], "gray": params["gray"], "solarize": params["solarize"],
+            "jitter": params["brightness"] != 1}
+    for name, expected in (("flip", 0.5), ("gray", 0.2), ("solarize", 0.1), ("jitter", 0.8)):
+        assert abs(odds[name].double().mean() - expected) < 0.015
+        assert odds[name].any(0).all() and not odds[name].all(0).any()  # varies within every column: per patch
+    for name, low, high in (("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2), ("hue", -0.1, 0.1)):
+        drawn = params[name][odds["jitter"]]
+        assert low <= drawn.min() < low + 0.01 and high - 0.01 < drawn.max() <= high
+        assert abs(drawn.double().mean() - (low + high) / 2) < 0.01
+
+
+def test_augment_keeps_the_range_and_refuses_other_input():
+    patches = torch.rand(5, 4, 3, 8, 8)
+    out = bagssl.augment(patches, torch.Generator().manual_seed(0), brightness=0.9, contrast=0.9, saturation=0.9, hue=0.5)
+    assert out.shape == patches.shape and out.min() >= 0 and out.max() <= 1
+    assert torch.equal(bagssl.augment(patches, torch.Generator().manual_seed(4)),
+                       bagssl.augment(patches, torch.Generator().manual_seed(4)))
+    for wrong in (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.rand(2, 1, 8, 8)):
+        with pytest.raises(ValueError, match="augment takes"):
+            bagssl.augment(wrong)
+
+
+# --------------------------------------------------------------------------------------------------
+# Encoder and loss
+
+
+@pytest.mark.parametrize("arch, width", [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048)])
+def test_backbone_has_torchvisions_keys(arch, width):
+    encoder = bagssl.Encoder(arch, stem_stride=4, projector=8)
+    h, z = encoder(torch.rand(2, 3, 40, 40))
+    assert h.shape == (2, width) and z.shape == (2, 8)
+    model = getattr(torchvision.models, arch)()
+    missing, unexpected = model.load_state_dict(encoder.backbone.state_dict(), strict=False)
+    assert unexpected == [] and missing == ["fc.weight", "fc.bias"]
+    assert bagssl.Encoder(arch, 1, 8).backbone.conv1.stride == (1, 1)
+
+
+def test_normalize_takes_bytes_and_floats():
+    images = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
+    expected = TF.normalize(images / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    torch.testing.assert_close(bagssl.normalize(images), expected)
+    torch.testing.assert_close(bagssl.normalize(images / 255), expected)
+
+
+def pairwise_vicreg(z, inv_weight, var_weight, cov_weight, eps=1e-4):
+    """The definition, pair by pair, from the VICReg paper's pseudo-code."""
+    pairs = list(itertools.combinations(range(z.shape[1]), 2))
+    total = 0
+    for i, j in pairs:
+        inv = torch.nn.functional.mse_loss(z[:, i], z[:, j])
+        hinge = cov = 0
+        for v in (i, j):
+            hinge = hinge + torch.relu(1 - torch.sqrt(z[:, v].var(0) + eps)).mean() / 2
+            c = torch.cov(z[:, v].T)
+            cov = cov + (c - c.diag().diag()).square().sum() / z.shape[2]
+        total = total + inv_weight * inv + var_weight * hinge + cov_weight * cov
+    return total / len(pairs)
+
+
+@pytest.mark.parametrize("B, V, D", [(2, 2, 3), (6, 2, 11), (11, 5, 6), (8, 3, 8)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_vicreg_loss_is_the_mean_over_pairs(B, V, D, dtype, tolerance):
+    reference = torch.randn(B, V, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.9 + 3
+    z, reference = reference.to(dtype).requires_grad_(), reference.requires_grad_()
+    loss, terms = bagssl.vicreg_loss(z, 20.0, 15.0, 2.0)
+    expected = pairwise_vicreg(reference, 20.0, 15.0, 2.0)
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(20 * terms["inv"] + 15 * terms["var"] + 2 * terms["cov"], loss.detach())
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(z.grad.double(), reference.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_vicreg_loss_is_float32_under_autocast():
+    z = torch.randn(16, 2, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = bagssl.vicreg_loss(z)
+    assert torch.equal(loss, bagssl.vicreg_loss(z)[0])
+
+
+def test_vicreg_loss_makes_no_square_of_the_width():
+    z = torch.randn(4, 2, 30_000, requires_grad=True)  # a D x D matrix would hold 3.6 GB
+    with torch.profiler.profile(profile_memory=True) as profile:
+        bagssl.vicreg_loss(z)[0].backward()
+    assert max(event.cpu_memory_usage for event in profile.events()) < 20e6
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 4), (1, 2, 4), (8, 4)])
+def test_vicreg_loss_refuses_what_has_no_pairs(shape):
+    with pytest.raises(ValueError, match="vicreg_loss takes"):
+        bagssl.vicreg_loss(torch.zeros(shape))
+
+
+# --------------------------------------------------------------------------------------------------
+# Bag of patches
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("per_side, scale, size", [(1, 0.25, None), (3, 0.25, None), (2, 0.5, 12), (1, 1.0, None)])
+def test_bag_is_the_mean_over_a_loop(chunk, per_side, scale, size):
+    torch.manual_seed(0)
+    backbone = bagssl.make_backbone("resnet18", 1).eval()
+    images = torch.randint(0, 256, (3, 3, 20, 24), dtype=torch.uint8)
+    largest = 0
+
+    def watch(module, inputs):
+        nonlocal largest
+        largest = max(largest, len(inputs[0]))
+
+    backbone.register_forward_pre_hook(watch)
+    bag = bagssl.BagOfPatches(backbone, per_side, scale, size, chunk)
+    with torch.no_grad():
+        found = bag(images)
+        assert largest <= chunk
+        for image, h in zip(images, found):
+            patches = bagssl.grid_patches(image[None], per_side, scale, size)[0]
+            expected = sum(backbone(bagssl.normalize(patch[None]))[0] for patch in patches) / len(patches)
+            torch.testing.assert_close(h, expected, atol=1e-4, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------
+# Images
+
+
+def test_folder_is_decoded_once_and_a_change_is_noticed(tmp_path, monkeypatch):
+    pixels = {f"train/{name}/{i}.png": write_image(tmp_path / f"train/{name}/{i}.png", seed=i)
+              for name in ("cat", "dog") for i in range(3)}
+    write_image(tmp_path / "val/dog/0.png", size=(60, 40), seed=9)
+    images, labels = bagssl.load_images("any", tmp_path, "train", 40)
+    assert images.shape == (6, 3, 40, 40) and images.dtype == torch.uint8 and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    for image, name in zip(images, sorted(pixels)):
+        assert torch.equal(image, torch.from_numpy(pixels[name]).permute(2, 0, 1))
+    test, labels = bagssl.load_images("any", tmp_path, "test", 40)
+    with Image.open(tmp_path / "val/dog/0.png") as photo:
+        assert torch.equal(test[0], TF.pil_to_tensor(TF.center_crop(photo, 40))) and labels.tolist() == [1]
+
+    monkeypatch.setattr(bagssl, "decode_image", lambda *_: pytest.fail("decoded again"))
+    assert torch.equal(bagssl.load_images("any", tmp_path, "train", 40)[0], images)
+    assert bagssl.load_images("any", tmp_path, "pretrain", 40)[1] is None
+    monkeypatch.undo()
+    cached = next((tmp_path / ".bagssl").glob("train-40px-*"))
+    cached.write_bytes(cached.read_bytes()[:1000])  # cut short
+    assert torch.equal(bagssl.load_images("any", tmp_path, "train", 40)[0], images)
+    changed = write_image(tmp_path / "train/cat/0.png", seed=77)
+    again = bagssl.load_images("any", tmp_path, "train", 40)[0]
+    assert torch.equal(again[0], torch.from_numpy(changed).permute(2, 0, 1)) and torch.equal(again[1:], images[1:])
+    assert len(list((tmp_path / ".bagssl").glob("train-40px-*"))) == 1  # the stale one is gone
+
+
+def test_photos_of_every_kind_are_resized_and_cropped(tmp_path):
+    write_image(tmp_path / "wide.jpg", size=(90, 45), quality=95)
+    Image.new("L", (50, 70), 90).save(tmp_path / "grey.png")
+    Image.new("RGBA", (50, 50), (9, 8, 7, 255)).save(tmp_path / "alpha.png")
+    Image.new("P", (40, 40)).save(tmp_path / "palette.gif.png")
+    Image.new("CMYK", (40, 40)).save(tmp_path / "print.jpg")
+    turned = Image.new("RGB", (80, 40), (255, 0, 0))
+    turned.paste((0, 0, 255), (0, 0, 40, 40))  # blue on the left, which orientation 6 turns to the top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif, quality=100, subsampling=0)
+    (tmp_path / ".hidden.png").write_bytes(b"not a picture")
+    images, labels = bagssl.load_images("any", tmp_path, "pretrain", 32)
+    assert images.shape == (6, 3, 32, 32) and labels is None
+    by_name = dict(zip(sorted(path.name for path in tmp_path.glob("[!.]*")), images))
+    assert (by_name["alpha.png"] == torch.tensor([9, 8, 7])[:, None, None]).all()
+    assert (by_name["grey.png"] == 90).all()
+    assert by_name["turned.jpg"][2, 0].min() > 200 and by_name["turned.jpg"][0, -1].min() > 200
+    with Image.open(tmp_path / "wide.jpg") as photo:
+        assert torch.equal(by_name["wide.jpg"], TF.pil_to_tensor(TF.center_crop(TF.resize(photo, 32), 32)))
+
+
+class FakeSet:
+    """A torchvision set that is not there and cannot be downloaded, until `there`."""
+
+    there, asked = False, []
+
+    def __init__(self, root, download, **which):
+        FakeSet.asked.append((str(root), download, which))
+        if not download and not FakeSet.there:
+            raise RuntimeError("Dataset not found or corrupted.")
+        if download:
+            raise OSError("<urlopen error [Errno -2] Name or service not known>")
+        self.data = np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28)
+        self.targets = [4, 7]
+
+
+def test_torchvision_sets(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", FakeSet)
+    with pytest.raises(bagssl.UserError, match="no FashionMNIST in .* could not be downloaded .* --data.* --preset demo"):
+        bagssl.load_images("fashionmnist", tmp_path, "test", 28)
+    assert FakeSet.asked == [(str(tmp_path), flag, {"train": False}) for flag in (False, True)]
+    monkeypatch.setattr(FakeSet, "there", True)
+    images, labels = bagssl.load_images("fashionmnist", tmp_path, "train", 28)
+    assert torch.equal(images[:, 1], torch.from_numpy(FakeSet(tmp_path, False).data)) and images.shape == (2, 3, 28, 28)
+    assert labels.tolist() == [4, 7]
+    assert bagssl.load_images("fashionmnist", tmp_path, "train", 32)[0].shape == (2, 3, 32, 32)
+
+
+def test_cifar10_as_torchvision_keeps_it(tmp_path):
+    import pickle
+    rows = np.random.default_rng(0).integers(0, 256, (5, 3072), dtype=np.uint8)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        (folder / name).write_bytes(pickle.dumps({"data": rows, "labels": [3, 1, 4, 1, 5]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+        images, labels = bagssl.load_images("cifar10", tmp_path, "train", 32)
+    assert images.shape == (25, 3, 32, 32) and torch.equal(images[:5].flatten(1), torch.from_numpy(rows))
+    assert labels[:5].tolist() == [3, 1, 4, 1, 5]
+
+
+def test_demo_world_is_what_it_says():
+    images, labels, parts = bagssl.demo_images(20_000, 5, seed=3)  # cells of one pixel: the drawing is not needed
+    world = bagssl.demo_world()
+    assert world.shape == (10, 24) and np.allclose(world.sum(1), 1)
+    for label in range(10):
+        drawn = np.bincount(parts[labels == label].ravel(), minlength=24) / (25 * (labels == label).sum())
+        assert np.abs(drawn - world[label]).max() < 0.01
+    guess = world.argmax(0)[parts[:, 2, 2]]  # the best guess from one part
+    assert abs((guess == labels).mean() - bagssl.demo_bayes_accuracy()) < 0.015
+    evidence = np.log(world)[:, parts.reshape(len(parts), -1)].sum(-1).argmax(0)
+    assert (evidence == labels).mean() > 0.98
+    small, _, their_parts = bagssl.demo_images(4, 80, seed=3)
+    again, _, _ = bagssl.demo_images(4, 80, seed=3)
+    assert np.array_equal(small, again) and small.shape == (4, 3, 80, 80) and small.std() > 20
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_seeds_are_apart():
+    first = {tuple(torch.rand(2, generator=bagssl.generator_for("cpu", *key)).tolist())
+             for key in itertools.product(range(4), range(3), range(50))}
+    assert len(first) == 600
+
+
+def test_learning_rate_and_effective_rank():
+    config = bagssl.Config(lr=2.0, warmup=0.1)
+    rates = [bagssl.learning_rate(step, 100, config) for step in range(100)]
+    assert rates[0] == 0.2 and rates[9] == rates[10] == 2.0 and 0 < rates[-1] < 0.001
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    q = torch.linalg.qr(torch.randn(400, 6, dtype=torch.float64)).Q
+    q = torch.linalg.qr(q - q.mean(0)).Q.float()
+    assert abs(bagssl.effective_rank(q) - 6) < 0.01
+    assert abs(bagssl.effective_rank(q[:, :1] @ torch.ones(1, 6)) - 1) < 0.01
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """A folder of small images, and a run on them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    for i in range(24):
+        write_image(folder / f"data/train/{'ab'[i % 2]}/{i}.png", seed=i)
+        write_image(folder / f"data/test/{'ab'[i % 2]}/{i}.png", seed=100 + i)
+    finished = command(*TINY, "--data", folder / "data", "--out", folder / "run", "--epochs", 2)
+    assert finished.returncode == 0, finished.stderr
+    return folder, finished.stdout
+
+
+def test_a_run_leaves_what_it_says(tiny_run):
+    folder, printed = tiny_run
+    log = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == list(range(6))
+    assert all(math.isclose(e["loss"], 25 * e["inv"] + 25 * e["var"] + e["cov"], rel_tol=1e-4) or
+               "inv" in e and math.isfinite(e["loss"]) for e in log)
+    assert {"lr", "patches_per_s", "effective_rank"} <= log[-1].keys()
+    assert "step 6/6" in printed and "eval_linear.py" in printed
+    encoder, config = bagssl.load_encoder(folder / "run/checkpoint.pt")
+    assert config.epochs == 2 and not encoder.training
+    model = torchvision.models.resnet18()
+    model.conv1, model.maxpool, model.fc = encoder.backbone.conv1, torch.nn.Identity(), torch.nn.Identity()
+    model.load_state_dict(torch.load(folder / "run/backbone.pt", weights_only=True))
+    x = torch.rand(2, 3, 16, 16)
+    assert torch.equal(model.eval()(x), encoder(x)[0])
+
+
+def test_a_finished_run_is_left_alone_and_another_config_refused(tiny_run):
+    folder, _ = tiny_run
+    before = {path.name: path.read_bytes() for path in (folder / "run").iterdir()}
+    again = command(*TINY, "--data", folder / "data", "--out", folder / "run", "--epochs", 2)
+    assert again.returncode == 0 and "complete" in again.stdout
+    other = command(*TINY, "--data", folder / "data", "--out", folder / "run", "--lr", 0.5)
+    assert "another config" in refused(other) and "lr was 0.001, is 0.5" in refused(other)
+    assert before == {path.name: path.read_bytes() for path in (folder / "run").iterdir()}
+
+
+def test_a_run_that_was_cut_off_continues(tiny_run, tmp_path):
+    folder, _ = tiny_run
+    arguments = [*TINY, "--data", str(folder / "data"), "--out", str(tmp_path / "run"), "--epochs", "2"]
+    stopping = ("import sys, bagssl; sys.argv[1:] = sys.argv[1:]; bagssl_add = bagssl.Log.add\n"
+                "def add(log, step, *rest):\n    bagssl_add(log, step, *rest)\n    if step == 3: raise SystemExit(9)\n"
+                "bagssl.Log.add = add; bagssl.run(bagssl.main)")
+    cut = subprocess.run([sys.executable, "-c", stopping, *arguments, "--save-every", "0"], cwd=HERE,
+                         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert cut.returncode == 9, cut.stderr
+    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 3
+    finished = command(*arguments)
+    assert finished.returncode == 0 and "continued at step 3" in finished.stdout, finished.stderr
+    log = [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert log == list(range(6))
+    whole, parts = (torch.load(place / "run/backbone.pt", weights_only=True) for place in (folder, tmp_path))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_two_processes_train_as_one(tiny_run, tmp_path):
+    folder, _ = tiny_run
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    finished = command(*TINY, "--data", folder / "data", "--out", tmp_path / "run", "--epochs", 2, launcher=launcher)
+    assert finished.returncode == 0, finished.stderr
+    losses = [[json.loads(line)["loss"] for line in (place / "run/log.jsonl").read_text().splitlines()]
+              for place in (folder, tmp_path)]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)  # rounding, six steps of Adam later
+
+
+WORKER = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+import bagssl
+dist.init_process_group("gloo")
+rank, torch_seed = dist.get_rank(), torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(5, 7), bagssl.SyncBatchNorm(7), torch.nn.ReLU(), torch.nn.Linear(7, 4))
+x = torch.randn(8, 3, 5, dtype=torch.float64)
+model = model.double()
+parallel = torch.nn.parallel.DistributedDataParallel(model)
+z = parallel(x.chunk(2)[rank].flatten(0, 1)).unflatten(0, (4, 3))
+loss, _ = bagssl.vicreg_loss(bagssl.GatherRows.apply(z))
+loss.backward()
+torch.save({"loss": loss.detach(), "grads": [p.grad for p in model.parameters()], "state": model.state_dict()},
+           f"{sys.argv[2]}/{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    (tmp_path / "worker.py").write_text(WORKER)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    tmp_path / "worker.py", HERE, tmp_path], check=True, capture_output=True, timeout=120)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.ReLU(), torch.nn.Linear(7, 4))
+    x = torch.randn(8, 3, 5, dtype=torch.float64)
+    model = model.double()
+    loss, _ = bagssl.vicreg_loss(model(x.flatten(0, 1)).unflatten(0, (8, 3)))
+    loss.backward()
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-10, atol=1e-10)
+        for gradient, parameter in zip(found["grads"], model.parameters()):
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-8, atol=1e-10)
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(found["state"][name], value, rtol=1e-8, atol=1e-10)
+
+
