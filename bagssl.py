@@ -27,7 +27,7 @@ import argparse
 import dataclasses
 import hashlib
 import inspect
-import io
+import itertools
 import json
 import math
 import os
@@ -83,11 +83,16 @@ class Config:
 
 
 PRESETS = {
-    "demo": dict(dataset="demo"),
+    "demo": dict(image_size=80, patch_scale=(0.04,), stem_stride=2, num_patches=4, batch_size=64, epochs=1,
+                 projector=32, cov_weight=10.0, lr=2e-3),
+    # Two epochs at the learning rate where few steps go furthest; a stride in the stem doubles the patches a minute.
+    "cifar10-cpu": dict(dataset="cifar10", stem_stride=2, num_patches=4, batch_size=64, epochs=2, projector=1024,
+                        inv_weight=10.0),
     "cifar10": dict(dataset="cifar10"),
-    "cifar10-cpu": dict(dataset="cifar10"),
     "cifar100": dict(dataset="cifar100"),
-    "imagenet": dict(dataset="imagenet"),
+    # The paper's setting: 32 x 32 pixels of 224 x 224.
+    "imagenet": dict(dataset="imagenet", arch="resnet50", image_size=224, patch_scale=(0.0204,), projector=8192,
+                     batch_size=2048, epochs=100),
 }
 
 
@@ -426,7 +431,6 @@ class BagOfPatches(nn.Module):
 # once an epoch, and a set that fits lies on the device, where a batch is one indexing operation.
 
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashionmnist": "FashionMNIST"}
-DEMO_COUNTS = {"pretrain": 12_000, "train": 4_000, "test": 2_000}
 
 
 class Progress:
@@ -477,10 +481,9 @@ def find_folder(dataset, data):
     for folder in (data / dataset, data):
         if (folder / "train").is_dir():
             return folder
-        if folder.is_dir():
-            nearby = [path for pattern in ("*", "*/*") for path in folder.glob(pattern)]
-            if any(path.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS for path in nearby):
-                return folder
+        nearby = itertools.chain(folder.glob("*"), folder.glob("*/*"))
+        if any(path.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS for path in nearby):
+            return folder
     return None
 
 
@@ -497,12 +500,12 @@ def decode_image(path, size):
 def decode_folder(folder, listing, size, cache, quiet=False):
     """All images of `listing` as one memory-mapped uint8 (N, 3, size, size), and the smallest short side.
 
-    Decoded once, by all cores, into a .npy file in `cache` whose name holds a hash of the listing, so that a changed
-    folder is decoded anew. It is written aside and renamed: two processes may do so at once.
+    Decoded once, by all cores, into a .npy file in `cache` whose name holds a hash of the listing,
+    so that a changed folder is decoded anew. Written aside and renamed: two processes may do so at once.
     Raises UserError naming every file that cannot be read.
     """
     signature = hashlib.sha256(json.dumps(listing).encode()).hexdigest()[:16]
-    stem = f"{folder.name}-{size}px-"
+    stem = f"{folder.absolute().parent.name}-{folder.name}-{size}px-"
     for path in cache.glob(f"{stem}{signature}-short*.npy"):
         try:
             return np.load(path, mmap_mode="c"), int(path.stem.rpartition("short")[2])
@@ -590,16 +593,14 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
         listing = list_images(chosen)
         if not listing:
             raise UserError(f"no images in {chosen}; name another folder with --data")
-        if split == "pretrain":
-            labels = None
-        else:
-            classes = sorted({Path(name).parts[0] for name, *_ in list_images(train) if len(Path(name).parts) > 1})
-            index = {name: number for number, name in enumerate(classes)}
-            unknown = sorted({Path(name).parts[0] for name, *_ in listing} - index.keys())
-            if not classes or unknown:
-                raise UserError(f"{chosen} has no labels to probe: images must lie in class folders, the same "
-                                f"in train/ and val/ or test/" + (f", not {', '.join(unknown[:5])}" if unknown else ""))
-            labels = np.array([index[Path(name).parts[0]] for name, *_ in listing])
+        labels = None
+        if split != "pretrain":
+            classes = sorted({os.path.dirname(name).split(os.sep)[0] for name, *_ in list_images(train)})
+            names = [os.path.dirname(name).split(os.sep)[0] for name, *_ in listing]
+            if "" in classes or not set(names) <= set(classes):
+                raise UserError(f"{chosen} has no labels to probe: its images must lie in class folders, "
+                                f"the same ones in train/ and in val/ or test/")
+            labels = np.searchsorted(classes, names)
         images, smallest = decode_folder(chosen, listing, image_size, Path(cache or folder / ".bagssl"), quiet)
         if smallest < min_side:
             raise UserError(f"images in {chosen} are as small as {smallest} pixels, and patches are {min_side}: remove "
@@ -610,8 +611,8 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
         which = list(DEMO_COUNTS).index(split)
         images, labels, _ = demo_images(DEMO_COUNTS[split], image_size, (seed, which))
     else:
-        raise UserError(f"no images in {Path(data or 'data') / dataset} or {data or 'data'} (looked for train/ with "
-                        f"class folders, and for photos); name their folder with --data, or use --preset demo, "
+        raise UserError(f"no images in {data or 'data'} or {Path(data or 'data') / dataset} (looked for train/ with "
+                        f"class folders, and for photos); name another folder with --data, or use --preset demo, "
                         f"which needs none")
     images = torch.from_numpy(images)
     if images.shape[-1] != image_size:
@@ -623,68 +624,60 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
 # --------------------------------------------------------------------------------------------------
 # The demo's world
 #
-# Images whose truth is known. An image is a 5 x 5 grid of cells; each cell holds one of 24 types of
-# part, drawn from the distribution of the image's class. Classes share their parts, so no single
-# part tells the class, and the mix of all parts does. Colour, angle, phase, contrast and noise
-# tell nothing. One patch is as large as one cell.
+# Images whose truth is known. An image is a grid of 5 x 5 cells, each holding one of 24 types of
+# part: 6 families (gratings, checks, rings, spokes, polygons, meshes) in 4 levels of detail. A class
+# is one family in all levels, or one level in all families. So each part belongs to two classes and
+# cannot tell which, and the mix of all parts can. Colours, contrast, angle, phase and noise tell nothing.
 
-DEMO_CELLS, DEMO_CLASSES, DEMO_PARTS = 5, 10, 24
+DEMO_CELLS = 5
+DEMO_COUNTS = {"pretrain": 12_000, "train": 1_000, "test": 2_000}
 
 
 def demo_world():
-    """p(part | class), float64 (10, 24): every class is a few common parts and many rare ones."""
-    return np.random.default_rng(0).dirichlet(np.full(DEMO_PARTS, 0.35), DEMO_CLASSES)
-
-
-def demo_bayes_accuracy():
-    """The accuracy of the best possible guess of the class from one part alone, classes equally likely."""
-    return demo_world().max(0).sum() / DEMO_CLASSES
+    """p(part | class), float64 (10, 24): uniform over the class's 4 or 6 parts, with 1 cell in 20 from any."""
+    parts = np.arange(24).reshape(6, 4)  # families by levels
+    world = np.full((10, 24), 0.05 / 24)
+    for label, its_parts in enumerate([*parts, *parts.T]):
+        world[label, its_parts] += 0.95 / len(its_parts)
+    return world
 
 
 def render_part(part, side, rng, count):
-    """Draw `count` pictures of one part type: uint8 (count, 3, side, side)."""
+    """Draw `count` pictures of one type of part: uint8 (count, 3, side, side)."""
     def uniform(low, high, *shape):
         return rng.uniform(low, high, (count, *shape, 1, 1)).astype(np.float32)
 
     family, level = divmod(part, 4)
     y, x = np.mgrid[-1:1:side * 1j, -1:1:side * 1j].astype(np.float32)
-    angle, dy, dx = uniform(0, 2 * np.pi), uniform(-0.25, 0.25), uniform(-0.25, 0.25)
+    angle, dy, dx = uniform(-0.3, 0.3), uniform(-0.25, 0.25), uniform(-0.25, 0.25)
     u = np.cos(angle) * (x - dx) + np.sin(angle) * (y - dy)  # (count, side, side)
     v = np.cos(angle) * (y - dy) - np.sin(angle) * (x - dx)
-    radius, turn = np.hypot(u, v), np.arctan2(v, u)
-    frequency = np.pi * (1.2, 1.9, 2.7, 3.6)[level]
-    corners = level + 3
-    tone = (
-        lambda: np.cos(frequency * u),  # gratings
-        lambda: np.cos(frequency * u) * np.cos(frequency * v),  # checks
-        lambda: np.cos(frequency * radius),  # rings
-        lambda: np.cos((level + 2) * turn),  # spokes
-        lambda: 8 * (0.6 - radius * np.cos((turn % (2 * np.pi / corners)) - np.pi / corners)),  # polygons
-        lambda: 3 * np.maximum(np.cos(frequency * u), np.cos(frequency * v)) - 2.4,  # grids of lines
-    )[family]().clip(-1, 1)[:, None]
-    paper, ink = uniform(0, 1, 3), uniform(0, 1, 3)
-    image = paper + (ink - paper) * (0.5 + 0.5 * tone * uniform(0.4, 1, 1))
-    image = image + rng.normal(0, 0.04, image.shape)
+    radius, turn, detail = np.hypot(u, v), np.arctan2(v, u), np.pi * (1.2, 1.9, 2.7, 3.6)[level]
+    wedge = 2 * np.pi / (level + 3)  # of a polygon
+    tone = (lambda: np.cos(detail * u),
+            lambda: np.cos(detail * u) * np.cos(detail * v),
+            lambda: np.cos(detail * radius),
+            lambda: np.cos((level + 2) * turn),
+            lambda: 5 - 8 * radius * np.cos(turn % wedge - wedge / 2),
+            lambda: 3 * np.maximum(np.cos(detail * u), np.cos(detail * v)) - 2.4)[family]().clip(-1, 1)
+    contrast = uniform(0.15, 0.4, 1) * rng.choice((-1, 1), (count, 1, 1, 1)) + uniform(-0.1, 0.1, 3)
+    image = uniform(0.3, 0.7, 3) + contrast * tone[:, None] + rng.normal(0, 0.04, (count, 3, side, side))
     return (image.clip(0, 1) * 255).astype(np.uint8)
 
 
 def demo_images(count, image_size, seed):
-    """`count` images of the demo's world: uint8 (N, 3, S, S), class (N,), parts (N, 5, 5)."""
+    """Draw images of the demo's world: uint8 (N, 3, S, S), class (N,) and parts (N, 5, 5), int64."""
     if image_size % DEMO_CELLS:
-        raise UserError(f"the demo's images are {DEMO_CELLS} cells wide: give an --image-size that "
-                        f"{DEMO_CELLS} divides, not {image_size}")
-    rng = np.random.default_rng(seed)
-    side = image_size // DEMO_CELLS
-    labels = rng.integers(DEMO_CLASSES, size=count)
-    cumulative = demo_world().cumsum(1)[labels][:, None]  # (N, 1, 24)
-    parts = (rng.random((count, DEMO_CELLS**2, 1)) > cumulative).sum(-1).clip(max=DEMO_PARTS - 1)  # (N, 25)
-    cells = np.empty((count, DEMO_CELLS**2, 3, side, side), np.uint8)
-    for part in range(DEMO_PARTS):
-        here = parts == part
-        cells[here] = render_part(part, side, rng, here.sum())
-    cells = cells.reshape(count, DEMO_CELLS, DEMO_CELLS, 3, side, side)
-    images = cells.transpose(0, 3, 1, 4, 2, 5).reshape(count, 3, image_size, image_size)
-    return images, labels, parts.reshape(count, DEMO_CELLS, DEMO_CELLS)
+        raise UserError(f"the demo's images are {DEMO_CELLS} cells wide: --image-size must be a multiple of "
+                        f"{DEMO_CELLS}, not {image_size}")
+    rng, side = np.random.default_rng(seed), image_size // DEMO_CELLS
+    labels = rng.integers(10, size=count)
+    cumulative = demo_world().cumsum(1)[labels][:, None, None]  # (N, 1, 1, 24)
+    parts = (rng.random((count, DEMO_CELLS, DEMO_CELLS, 1)) > cumulative[..., :-1]).sum(-1)  # (N, 5, 5)
+    cells = np.empty((*parts.shape, 3, side, side), np.uint8)
+    for part in range(24):
+        cells[parts == part] = render_part(part, side, rng, (parts == part).sum())
+    return cells.transpose(0, 3, 1, 4, 2, 5).reshape(count, 3, image_size, image_size), labels, parts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -744,7 +737,7 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(gradient)
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -810,14 +803,18 @@ def load_encoder(path):
     return encoder.eval().to(memory_format=torch.channels_last), config
 
 
-def open_run(config, writes):
+def settings_of(config):
+    """What makes a run this run, as plain JSON values: the config without where and how fast it runs."""
+    aside = ("preset", "out", "cache", "device", "compile", "save_every")
+    return {name: value for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items() if name not in aside}
+
+
+def open_run(config):
     """Make the run's folder, or check that the run in it is this one; returns its checkpoint or None."""
-    out = Path(config.out)
-    settings = {name: value for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items()
-                if name not in ("preset", "out", "cache", "device", "compile", "save_every")}
+    out, settings = Path(config.out), settings_of(config)
     if (out / "config.json").is_file():
         there = json.loads((out / "config.json").read_text())
-        changed = [f"{name} was {there.get(name)!r}, is {settings[name]!r}"
+        changed = [f"{name} was {there.get(name)}, is {settings[name]}"
                    for name in settings if there.get(name) != settings[name]]
         if changed:
             raise UserError(f"{out} holds a run of another config ({'; '.join(changed)}); "
@@ -825,12 +822,12 @@ def open_run(config, writes):
         return load_checkpoint(out / "checkpoint.pt") if (out / "checkpoint.pt").exists() else None
     if out.is_file() or out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} exists and holds no run of bagssl.py; give another --out")
-    if writes:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            save_atomically(out / "config.json", json.dumps(settings, indent=1).encode())
-        except OSError as error:
-            raise UserError(f"cannot write to {out} ({error}); give another --out") from error
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        save_atomically(out / "config.json", b"")  # is there room, and leave, to write?
+        (out / "config.json").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {out} ({error}); give another --out") from error
     return None
 
 
@@ -850,20 +847,19 @@ class Log:
         """Write what waits. Raises FloatingPointError at a loss that is not a number."""
         values = torch.stack([row for *_, row in self.waiting]).tolist()  # the one wait for the device
         step, lr, _ = self.waiting[-1]
-        done = step + 1 - self.begun_at
-        seconds = time.monotonic() - self.begun
-        rate, rank = done * config.batch_size * config.num_patches / seconds, effective_rank(h)
-        with open(self.path, "a") as file:
-            for (at, lr, _), row in zip(self.waiting, values):
-                entry = {"step": at, **dict(zip(("loss", "inv", "var", "cov"), row)), "lr": lr}
-                if at == step:
-                    entry |= {"patches_per_s": rate, "effective_rank": rank}
-                file.write(json.dumps(entry) + "\n")
-        self.waiting.clear()
+        done, seconds = step + 1 - self.begun_at, time.monotonic() - self.begun
+        rate = done * config.batch_size * config.num_patches / seconds
         loss, inv, var, cov = values[-1]
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step} (inv {inv}, var {var}, cov {cov}, learning "
-                                     f"rate {lr:.2g}); try a lower --lr")
+            raise FloatingPointError(f"the loss is {loss} at step {step} (inv {inv:.3g}, var {var:.3g}, cov {cov:.3g}, "
+                                     f"learning rate {lr:.2g}); start again with a lower --lr and another --out")
+        rank = effective_rank(h)
+        entries = [{"step": at, **dict(zip(("loss", "inv", "var", "cov"), row)), "lr": its_lr}
+                   for (at, its_lr, _), row in zip(self.waiting, values)]
+        entries[-1] |= {"patches_per_s": rate, "effective_rank": rank}
+        with open(self.path, "a") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        self.waiting.clear()
         self.progress(f"step {step + 1:>{len(str(self.steps))}}/{self.steps}  "
                       f"{clock(seconds / done * (self.steps - step - 1))} left  loss {loss:.3f} (inv {inv:.3f}  "
                       f"var {var:.3f}  cov {cov:.3f})  rank {rank:.0f}/{h.shape[1]}  lr {lr:.1e}  {rate:,.0f} patches/s",
@@ -890,7 +886,7 @@ def effective_rank(h):
     """exp of the entropy of the singular values of centred h (N, D): 1 when collapsed, at most D."""
     h = h.detach().float()[:1024]
     h = h - h.mean(0)
-    spectrum = torch.linalg.eigvalsh(h.T @ h).clamp(min=0).sqrt()  # far cheaper than the SVD
+    spectrum = torch.linalg.eigvalsh(h.T @ h if len(h) > h.shape[1] else h @ h.T).clamp(min=0).sqrt()  # cheaper than an SVD
     return torch.special.entr(spectrum / spectrum.sum()).sum().exp().item()
 
 
@@ -900,29 +896,29 @@ def make_input(images, top, left, side, size, params):
     return normalize(apply_augment(patches, params)).flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
 
-def load_once(world, **source):
-    """load_images, with one process a node decoding or downloading while its others wait for it."""
+def leader_first(function, leads, world):
+    """function() on the leading processes, then on those that waited for them, for as long as it takes."""
     if world.size == 1:
-        return load_images(**source)
+        return function()
     patience = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    if world.local_rank != 0:
+    if not leads:
         dist.barrier(patience)
-    loaded = load_images(**source)
-    if world.local_rank == 0:
+    result = function()
+    if leads:
         dist.barrier(patience)
-    return loaded
+    return result
 
 
 def train(config, world):
     """Pretrain as `config` says; `config.out` gets checkpoint.pt, backbone.pt and log.jsonl."""
     device, writes, out = pick_device(config.device, world.local_rank), world.rank == 0, Path(config.out)
-    checkpoint = open_run(config, writes)
+    checkpoint = leader_first(lambda: open_run(config), writes, world)
     fixed = len(config.patch_scale) == 1
     scale, size = config.patch_scale[0] if fixed else config.patch_scale, config.patch_size or None
     native = patch_side(config.image_size, config.image_size, config.patch_scale[0])
-    images, _ = load_once(world, dataset=config.dataset, data=config.data, split="pretrain",
-                          image_size=config.image_size, cache=config.cache, seed=config.seed,
-                          min_side=native, quiet=not writes)
+    images, _ = leader_first(  # one process a node decodes or downloads
+        lambda: load_images(config.dataset, config.data, "pretrain", config.image_size, config.cache, config.seed,
+                            min_side=native, quiet=not writes), world.local_rank == 0, world)
     N, B, V = len(images), config.batch_size, config.num_patches
     if N < B:
         raise UserError(f"{N} images are less than one batch of {B}; give more images or a smaller --batch-size")
@@ -939,7 +935,7 @@ def train(config, world):
             for name, child in module.named_children():
                 if isinstance(child, nn.modules.batchnorm._BatchNorm):
                     setattr(module, name, SyncBatchNorm(child.num_features).to(device))
-    matrices, vectors = ([p for p in encoder.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+    matrices, vectors = ([p for p in encoder.parameters() if (p.ndim > 1) == deep] for deep in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=config.lr,
                                   weight_decay=config.weight_decay, fused=device.type == "cuda")
     if checkpoint:
@@ -952,18 +948,18 @@ def train(config, world):
         model, prepare = torch.compile(model), torch.compile(prepare)
 
     if writes:
-        patches = f"patches of {native} x {native} pixels" if fixed else f"patches of {scale[0]:g} to {scale[1]:g} of its area"
-        print(f"images: {N:,} of {config.image_size} x {config.image_size}; {V} {patches} from each"
+        extent = f"{native} x {native} pixels" if fixed else f"{scale[0]:g} to {scale[1]:g} of its area"
+        print(f"images: {N:,} of {config.image_size} x {config.image_size}, {V} patches of {extent} from each"
               + (f", resized to {size} x {size}" if size else ""))
-        print(f"encoder: {config.arch}, {sum(p.numel() for p in encoder.backbone.parameters()) / 1e6:.1f} M parameters, "
-              f"on {world.size} {device.type} in {'bfloat16' if bf16 else 'float32'}")
-        print(f"run: {out}, {config.epochs} epochs of {epoch_steps} steps of {B} images"
-              + (f", continued at step {start}" if checkpoint else ""), flush=True)
         if config.dataset == "demo" and not config.data:
-            print(f"the best possible guess of the class from one part is right {demo_bayes_accuracy():.1%} of the time")
+            print(f"        one part tells the class in {demo_world().max(0).sum() / 10:.1%} of cases at best")
+        print(f"model:  {config.arch}, {sum(p.numel() for p in encoder.backbone.parameters()) / 1e6:.1f} M parameters; "
+              f"{'bfloat16' if bf16 else 'float32'} on {device.type}, {world.size} process{'es' * (world.size > 1)}")
+        print(f"run:    {out}, {config.epochs} epochs of {epoch_steps} steps of {B} images"
+              + (f", continued at step {start}" if checkpoint else ""), flush=True)
+        if start == steps:
+            print("        complete already: nothing to do; give another --out for a new run")
     if start == steps:
-        if writes:
-            print("the run is complete already; give another --out for a new one")
         return
 
     mine = slice(world.rank * B // world.size, (world.rank + 1) * B // world.size)  # of each batch
@@ -973,14 +969,13 @@ def train(config, world):
         epoch, batch = divmod(step, epoch_steps)
         order = torch.randperm(N, generator=generator_for("cpu", config.seed, 0, epoch))
         chosen = images[order[batch * B:(batch + 1) * B][mine].to(images.device)]
-        return (chosen.pin_memory() if device.type == "cuda" and not chosen.is_cuda else chosen).to(device, non_blocking=True)
+        if device.type == "cuda" and not chosen.is_cuda:
+            chosen = chosen.pin_memory()
+        return chosen.to(device, non_blocking=True)
 
-    def save(step):
-        torch_config = dataclasses.asdict(config)
-        save_atomically(out / "checkpoint.pt", {"config": torch_config, "encoder": encoder.state_dict(),
-                                                "optimizer": optimizer.state_dict(), "step": step})
-
-    log = Log(out / "log.jsonl", start, steps) if writes else None
+    if writes:
+        save_atomically(out / "config.json", json.dumps(settings_of(config), indent=1).encode())
+        log = Log(out / "log.jsonl", start, steps)
     begun = saved = logged = time.monotonic()
     loader = ThreadPoolExecutor(1)
     ahead = loader.submit(fetch, start)
@@ -1011,7 +1006,8 @@ def train(config, world):
                 logged = now
                 log.flush(config, h)
             if save_now:
-                save(step + 1)
+                save_atomically(out / "checkpoint.pt", {"config": dataclasses.asdict(config), "step": step + 1,
+                                "encoder": encoder.state_dict(), "optimizer": optimizer.state_dict()})
     if writes:
         save_atomically(out / "backbone.pt", encoder.backbone.state_dict())
         print(f"trained for {clock(time.monotonic() - begun)}; saved {out}/checkpoint.pt and, for torchvision, "

@@ -174,7 +174,8 @@ def main():
 
     source = dict(dataset=config.dataset, data=config.data, image_size=config.image_size, cache=config.cache,
                   seed=config.seed, min_side=native, quiet=world.rank != 0)
-    images, labels = zip(*(bagssl.load_once(world, split=split, **source) for split in ("train", "test")))
+    images, labels = zip(*bagssl.leader_first(
+        lambda: [bagssl.load_images(split=split, **source) for split in ("train", "test")], world.local_rank == 0, world))
     train_images, train_labels = images[0], labels[0]
     if arguments.train_images:
         chosen = torch.randperm(len(train_images), generator=torch.Generator().manual_seed(0))[:arguments.train_images]
