@@ -63,7 +63,7 @@ class Config:
     out: str = ""  # folder for the run; default: runs/PRESET; an interrupted run there continues
     arch: str = "resnet18"  # resnet18, resnet34 or resnet50: what published comparisons use
     stem_stride: int = 1  # 1, 2: a 3x3 stem of that stride for small patches; 4: torchvision's, for large ones
-    projector: int = 2048  # width of the projector's three layers; VICReg gains with width
+    projector: tuple = (2048, 2048, 2048)  # widths of the projector's three layers; VICReg gains with width
     image_size: int = 32  # images are resized to this short side and centre-cropped to a square
     patch_scale: tuple = (0.25,)  # fraction of the area a patch covers; two values: multi-scale, the baseline
     patch_size: int = 0  # side of the encoder's input; 0: the patch's own pixels, unresized
@@ -71,11 +71,11 @@ class Config:
     batch_size: int = 256  # B, images a step, over all processes; the covariance needs some hundreds
     epochs: int = 30  # passes over the images
     lr: float = 1e-3  # peak learning rate of AdamW
-    warmup: float = 0.1  # part of the steps in which the learning rate rises; VICReg collapses without
+    warmup: float = 0.1  # part of the steps in which the learning rate rises, while Adam's averages settle
     weight_decay: float = 0.01  # not applied to biases and normalisation
-    inv_weight: float = 25.0  # the authors' weights of the loss's terms
-    var_weight: float = 25.0  # (25, 25, 1): invariance and variance balance,
-    cov_weight: float = 1.0  # covariance only has to stay in sight
+    inv_weight: float = 25.0  # weight of the invariance term; this and the next two are the VICReg authors'
+    var_weight: float = 25.0  # weight of the variance term
+    cov_weight: float = 1.0  # weight of the covariance term
     seed: int = 0  # of the weights, the order of images, the patches, the demo's world
     device: str = ""  # default: cuda, else mps, else cpu
     compile: str = "auto"  # yes, no; auto: only with CUDA, since a CPU seldom earns back the compile time
@@ -84,15 +84,15 @@ class Config:
 
 PRESETS = {
     "demo": dict(image_size=80, patch_scale=(0.04,), stem_stride=2, num_patches=4, batch_size=64, epochs=1,
-                 projector=32, cov_weight=10.0, lr=2e-3),
+                 projector=(512, 512, 32), cov_weight=10.0, lr=2e-3),
     # Two epochs at the learning rate where few steps go furthest; a stride in the stem doubles the patches a minute.
-    "cifar10-cpu": dict(dataset="cifar10", stem_stride=2, num_patches=4, batch_size=64, epochs=2, projector=1024,
-                        inv_weight=10.0),
+    "cifar10-cpu": dict(dataset="cifar10", stem_stride=2, num_patches=4, batch_size=64, epochs=2,
+                        projector=(1024, 1024, 1024), inv_weight=10.0),
     "cifar10": dict(dataset="cifar10"),
     "cifar100": dict(dataset="cifar100"),
     # The paper's setting: 32 x 32 pixels of 224 x 224.
-    "imagenet": dict(dataset="imagenet", arch="resnet50", image_size=224, patch_scale=(0.0204,), projector=8192,
-                     batch_size=2048, epochs=100),
+    "imagenet": dict(dataset="imagenet", arch="resnet50", image_size=224, patch_scale=(0.0204,),
+                     projector=(8192, 8192, 8192), batch_size=2048, epochs=100),
 }
 
 
@@ -331,14 +331,14 @@ def make_backbone(arch="resnet18", stem_stride=4):
 class Encoder(nn.Module):
     """Backbone f and three-layer projector g: standardised patches (N, 3, s, s) -> h (N, D), z (N, D')."""
 
-    def __init__(self, arch="resnet18", stem_stride=4, projector=2048):
+    def __init__(self, arch="resnet18", stem_stride=4, projector=(2048, 2048, 2048)):
         super().__init__()
         self.backbone = make_backbone(arch, stem_stride)
-        width = self.backbone.layer4[-1].bn2.num_features if arch != "resnet50" else 2048
+        widths = [2048 if arch == "resnet50" else 512, *projector]
         self.projector = nn.Sequential(
-            nn.Linear(width, projector, bias=False), nn.BatchNorm1d(projector), nn.ReLU(inplace=True),
-            nn.Linear(projector, projector, bias=False), nn.BatchNorm1d(projector), nn.ReLU(inplace=True),
-            nn.Linear(projector, projector, bias=False))
+            nn.Linear(widths[0], widths[1], bias=False), nn.BatchNorm1d(widths[1]), nn.ReLU(inplace=True),
+            nn.Linear(widths[1], widths[2], bias=False), nn.BatchNorm1d(widths[2]), nn.ReLU(inplace=True),
+            nn.Linear(widths[2], widths[3], bias=False))
 
     def forward(self, x):
         h = self.backbone(x)
@@ -742,11 +742,14 @@ class GatherRows(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
-    """Batch statistics over all processes: torch's module, which needs a GPU, and the same for CPUs."""
+class SyncBatchNorm(nn.BatchNorm2d):
+    """torch's SyncBatchNorm, batch statistics over all processes, for CPUs too, which torch's refuses."""
+
+    def _check_input_dim(self, x):
+        pass  # (N, C) as well as (N, C, H, W)
 
     def forward(self, x):
-        if x.is_cuda or not self.training:
+        if not self.training:
             return super().forward(x)
         axes, shape = [axis for axis in range(x.ndim) if axis != 1], [-1] + [1] * (x.ndim - 2)
         mean = GatherRows.apply(x.mean(axes)[None]).mean(0)
@@ -758,6 +761,17 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()
         return x * scale.view(shape) + (self.bias - mean * scale).view(shape)
+
+
+def sync_batch_norm(encoder, device):
+    """Exchange a new encoder's batch normalisation for one over all processes; the state's names stay."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(encoder)
+    for module in list(encoder.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                setattr(module, name, SyncBatchNorm(child.num_features).to(device))
+    return encoder
 
 
 # --------------------------------------------------------------------------------------------------
@@ -931,13 +945,10 @@ def train(config, world):
     encoder = Encoder(config.arch, config.stem_stride, config.projector)
     encoder = encoder.to(device, memory_format=torch.channels_last)
     if world.size > 1:
-        for module in list(encoder.modules()):  # keeps the parameters; statistics become the whole batch's
-            for name, child in module.named_children():
-                if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                    setattr(module, name, SyncBatchNorm(child.num_features).to(device))
+        encoder = sync_batch_norm(encoder, device)
     matrices, vectors = ([p for p in encoder.parameters() if (p.ndim > 1) == deep] for deep in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=config.lr,
-                                  weight_decay=config.weight_decay, fused=device.type == "cuda")
+                                  weight_decay=config.weight_decay, fused=True)
     if checkpoint:
         encoder.load_state_dict(checkpoint["encoder"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -1033,8 +1044,8 @@ def parse_config(argv=None):
     for field in dataclasses.fields(Config):
         several = isinstance(field.default, tuple)
         parser.add_argument("--" + field.name.replace("_", "-"), nargs="+" if several else None,
-                            type=float if several else type(field.default), help=comments[field.name].replace("%", "%%"),
-                            metavar="X" if several else field.name.upper())
+                            type=type(field.default[0] if several else field.default),
+                            help=comments[field.name].replace("%", "%%"), metavar="X" if several else field.name.upper())
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "auto")
     if preset == "auto":
@@ -1044,8 +1055,7 @@ def parse_config(argv=None):
                   f"--preset chooses among {', '.join(PRESETS)}")
     if preset not in PRESETS:
         raise UserError(f"no preset {preset!r}; there are auto, {', '.join(PRESETS)}")
-    if "patch_scale" in given:
-        given["patch_scale"] = tuple(given["patch_scale"])
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return Config(**{"out": f"runs/{preset}", **PRESETS[preset], **given, "preset": preset})
 
 
@@ -1064,7 +1074,8 @@ def check_config(c, processes):
         (c.batch_size >= 2, f"--batch-size must be 2 or more, since statistics are over the batch; not {c.batch_size}"),
         (c.batch_size % processes == 0, f"--batch-size {c.batch_size} cannot be shared by {processes} processes; "
                                         f"give a multiple of {processes}"),
-        (c.epochs >= 1 and c.projector >= 1, "--epochs and --projector must be 1 or more"),
+        (c.epochs >= 1, f"--epochs must be 1 or more, not {c.epochs}"),
+        (len(c.projector) == 3 and min(c.projector) >= 1, "--projector takes three widths, such as 2048 2048 2048"),
         (c.lr > 0 and 0 <= c.warmup <= 1, "--lr must be above 0, and --warmup a part of the run, in [0, 1]"),
         (c.compile in ("auto", "yes", "no"), f"--compile is auto, yes or no, not {c.compile}"),
     ]
