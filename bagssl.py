@@ -589,7 +589,7 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
         if split == "test":
             chosen = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
             if chosen is None or train == folder:
-                raise UserError(f"{folder} has no train/ with val/ or test/ of class folders, which the probe needs")
+                raise UserError(f"{folder} has no train/ and val/ or test/ with class folders, which the probe needs")
         listing = list_images(chosen)
         if not listing:
             raise UserError(f"no images in {chosen}; name another folder with --data")

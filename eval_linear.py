@@ -180,10 +180,10 @@ def main():
     if arguments.train_images:
         chosen = torch.randperm(len(train_images), generator=torch.Generator().manual_seed(0))[:arguments.train_images]
         train_images, train_labels = train_images[chosen], train_labels[chosen]
-    sets = ((train_images, "train"), (images[1], "test"))
-    labels = train_labels.to(device), labels[1].to(device)
+    test_images, test_labels = images[1], labels[1]
+    sets, labels = ((train_images, "train"), (test_images, "test")), (train_labels.to(device), test_labels.to(device))
     if world.rank == 0:
-        print(f"probing {arguments.checkpoint} on {len(train_images):,} train and {len(images[1]):,} test images", flush=True)
+        print(f"probing {arguments.checkpoint} on {len(train_images):,} train and {len(test_images):,} test images", flush=True)
 
     torch.manual_seed(config.seed)
     untrained = Encoder(config.arch, config.stem_stride, config.projector).eval().to(memory_format=torch.channels_last)
@@ -195,10 +195,10 @@ def main():
     embedders += [BagOfPatches(encoder.backbone, 1, 1.0, whole_size),
                   BagOfPatches(untrained.backbone, side, scale, config.patch_size or None), Pixels()]
     embedders = [embedder.to(device).eval() for embedder in embedders]
-    features = zip(*(embed(embedders, *what[:1], device, world, what[1]) for what in sets))
+    features = zip(*[embed(embedders, images, device, world, name) for images, name in sets])  # (train, test) a row
 
     results = []
-    for row, train, test in zip(rows, *features):
+    for row, (train, test) in zip(rows, features):
         train, test = train.to(device), test.to(device)
         if world.rank == 0:  # the features are small: the probes run on one process
             found = {"features": row, **linear_probe(train, labels[0], test, labels[1], config.seed),
@@ -211,7 +211,7 @@ def main():
     if world.rank == 0:
         path = Path(arguments.checkpoint).parent / "eval.json"
         settings = {"checkpoint": str(arguments.checkpoint), "patch_scale": scale, "train_images": len(train_images),
-                    "test_images": len(images[1]), "torch": torch.__version__}
+                    "test_images": len(test_images), "torch": torch.__version__}
         bagssl.save_atomically(path, json.dumps({**settings, "results": results}, indent=1).encode())
         print(f"\nper cent of test images right; saved in {path}")
 

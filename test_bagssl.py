@@ -31,12 +31,18 @@ def command(*arguments, script="bagssl.py", launcher=(), timeout=300, **environm
                           env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
-def refused(finished):
-    """The one sentence of a run that ended with exit code 2 and no traceback."""
-    assert finished.returncode == 2, finished.stderr
-    lines = finished.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), finished.stderr
-    return lines[0]
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """A function: run a script's main here; it must end with exit code 2 and one sentence, which is returned."""
+    def run(*arguments, script=bagssl):
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            bagssl.run(script.main)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert ended.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+    return run
 
 
 def coordinates(height, width, batch=1):
@@ -443,13 +449,13 @@ def test_a_run_leaves_what_it_says(tiny_run):
     assert torch.equal(model.eval()(x), encoder(x)[0])
 
 
-def test_a_finished_run_is_left_alone_and_another_config_refused(tiny_run):
+def test_a_finished_run_is_left_alone_and_another_config_refused(tiny_run, refused):
     folder, _ = tiny_run
     before = {path.name: path.read_bytes() for path in (folder / "run").iterdir()}
     again = command(*TINY, "--data", folder / "data", "--out", folder / "run", "--epochs", 2)
     assert again.returncode == 0 and "complete" in again.stdout
-    other = command(*TINY, "--data", folder / "data", "--out", folder / "run", "--lr", 0.5)
-    assert "another config" in refused(other) and "lr was 0.0001, is 0.5" in refused(other)
+    sentence = refused(*TINY, "--data", folder / "data", "--out", folder / "run", "--lr", 0.5)
+    assert "another config" in sentence and "lr was 0.0001, is 0.5" in sentence
     assert before == {path.name: path.read_bytes() for path in (folder / "run").iterdir()}
 
 
@@ -617,40 +623,41 @@ def test_the_demo_learns(tmp_path):
     (["--preset", "imagenet", "--data", "nowhere"], "no images in nowhere"),
     (["--preset", "cifar10-cpu", "--data", "nowhere"], "--preset demo"),
 ])
-def test_bad_arguments(arguments, sentence, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["bagssl.py", *arguments])
+def test_bad_arguments(arguments, sentence, tmp_path, monkeypatch, refused):
     def no_network(*_, **__):
         raise OSError("no network")
+
     monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
-    with pytest.raises(SystemExit) as ended:
-        bagssl.run(bagssl.main)
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2 and len(lines) == 1 and sentence in lines[0]
-    assert not list(tmp_path.rglob("checkpoint.pt"))
+    monkeypatch.chdir(tmp_path)
+    assert sentence in refused(*arguments)
+    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.json*"))
 
 
-def test_bad_images(tmp_path):
+def test_a_script_that_is_refused_ends_with_code_2(tmp_path):
+    for script, arguments in (("bagssl.py", ["--lr", "much"]), ("eval_linear.py", ["--checkpoint", tmp_path / "none.pt"])):
+        finished = command(*arguments, script=script)
+        assert finished.returncode == 2 and finished.stdout == "" and finished.stderr.count("\n") == 1
+
+
+def test_bad_images(tmp_path, refused):
     folder = tmp_path / "photos"
     folder.mkdir()
-    assert "no images in" in refused(command(*TINY, "--data", folder, "--out", tmp_path / "run"))
+    assert "no images in" in refused(*TINY, "--data", folder, "--out", tmp_path / "run")
     for i in range(12):
         write_image(folder / f"{i:02}.png", seed=i)
     for name in ("bad1.png", "bad2.jpg"):
         (folder / name).write_bytes(b"this is no picture")
-    sentence = refused(command(*TINY, "--data", folder, "--out", tmp_path / "run"))
+    sentence = refused(*TINY, "--data", folder, "--out", tmp_path / "run")
     assert "2 of 14 images" in sentence and "bad1.png, bad2.jpg" in sentence
     for name in ("bad1.png", "bad2.jpg"):
         (folder / name).unlink()
     write_image(folder / "small.png", size=(6, 50))
-    assert "as small as 6 pixels" in refused(command(*TINY, "--data", folder, "--out", tmp_path / "run"))
+    assert "as small as 6 pixels" in refused(*TINY, "--data", folder, "--out", tmp_path / "run")
     (folder / "small.png").unlink()
-    assert "less than one batch of 64" in refused(
-        command(*TINY, "--data", folder, "--out", tmp_path / "run", "--batch-size", 64))
+    assert "less than one batch of 64" in refused(*TINY, "--data", folder, "--out", tmp_path / "run", "--batch-size", 64)
     finished = command(*TINY, "--data", folder, "--out", tmp_path / "run")  # and a flat folder of photos trains
     assert finished.returncode == 0 and "images: 12 of 40 x 40" in finished.stdout, finished.stderr
-    assert "no labels" in refused(command("--checkpoint", tmp_path / "run/checkpoint.pt", script="eval_linear.py")) or \
-           "which the probe needs" in refused(command("--checkpoint", tmp_path / "run/checkpoint.pt", script="eval_linear.py"))
+    assert "no labels to probe" in refused("--checkpoint", tmp_path / "run/checkpoint.pt", script=eval_linear)
 
 
 def test_batch_must_divide_among_processes():
@@ -658,13 +665,13 @@ def test_batch_must_divide_among_processes():
         bagssl.check_config(bagssl.Config(batch_size=256), processes=3)
 
 
-def test_out_that_holds_something_else(tmp_path):
+def test_out_that_holds_something_else(tmp_path, refused):
     (tmp_path / "precious.txt").write_text("mine")
-    assert "holds no run" in refused(command(*TINY, "--out", tmp_path))
+    assert "holds no run" in refused(*TINY, "--out", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 
 
-def test_bad_checkpoints(tiny_run, tmp_path):
+def test_bad_checkpoints(tiny_run, tmp_path, refused):
     whole = (tiny_run[0] / "run/checkpoint.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(whole[:len(whole) // 2])
     torch.save({"model": 1}, tmp_path / "foreign.pt")
@@ -676,9 +683,9 @@ def test_bad_checkpoints(tiny_run, tmp_path):
     torch.save(Bomb(), tmp_path / "bomb.pt")
     for name, words in (("none.pt", "no checkpoint at"), ("cut.pt", "damaged"), ("foreign.pt", "not a checkpoint of"),
                         ("bomb.pt", "damaged")):
-        assert words in refused(command("--checkpoint", tmp_path / name, script="eval_linear.py"))
+        assert words in refused("--checkpoint", tmp_path / name, script=eval_linear)
     assert not (tmp_path / "exploded").exists()
-    assert "1, 4, 9" in refused(command("--checkpoint", tmp_path / "cut.pt", "--patches", 5, script="eval_linear.py"))
+    assert "1, 4, 9" in refused("--checkpoint", tmp_path / "cut.pt", "--patches", 5, script=eval_linear)
 
 
 def test_help_names_every_field():
