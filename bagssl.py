@@ -660,8 +660,8 @@ def render_part(part, side, rng, count):
             lambda: np.cos((level + 2) * turn),
             lambda: 5 - 8 * radius * np.cos(turn % wedge - wedge / 2),
             lambda: 3 * np.maximum(np.cos(detail * u), np.cos(detail * v)) - 2.4)[family]().clip(-1, 1)
-    contrast = uniform(0.15, 0.4, 1) * rng.choice((-1, 1), (count, 1, 1, 1)) + uniform(-0.1, 0.1, 3)
-    image = uniform(0.3, 0.7, 3) + contrast * tone[:, None] + rng.normal(0, 0.04, (count, 3, side, side))
+    contrast = uniform(0.15, 0.4, 1) * rng.choice((-1, 1), (count, 1, 1, 1)) + uniform(-0.12, 0.12, 3)
+    image = uniform(0.25, 0.75, 3) + contrast * tone[:, None] + rng.normal(0, 0.04, (count, 3, side, side))
     return (image.clip(0, 1) * 255).astype(np.uint8)
 
 
