@@ -820,7 +820,8 @@ def load_encoder(path):
 def settings_of(config):
     """What makes a run this run, as plain JSON values: the config without where and how fast it runs."""
     aside = ("preset", "out", "cache", "device", "compile", "save_every")
-    return {name: value for name, value in json.loads(json.dumps(dataclasses.asdict(config))).items() if name not in aside}
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {name: value for name, value in plain.items() if name not in aside}
 
 
 def open_run(config):
@@ -875,9 +876,9 @@ class Log:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
         self.waiting.clear()
         self.progress(f"step {step + 1:>{len(str(self.steps))}}/{self.steps}  "
-                      f"{clock(seconds / done * (self.steps - step - 1))} left  loss {loss:.3f} (inv {inv:.3f}  "
-                      f"var {var:.3f}  cov {cov:.3f})  rank {rank:.0f}/{h.shape[1]}  lr {lr:.1e}  {rate:,.0f} patches/s",
-                      last=step + 1 == self.steps)
+                      f"{clock(seconds / done * (self.steps - step - 1))} left  "
+                      f"loss {loss:.3f} (inv {inv:.3f}  var {var:.3f}  cov {cov:.3f})  "
+                      f"rank {rank:.0f}/{h.shape[1]}  lr {lr:.1e}  {rate:,.0f} patches/s", last=step + 1 == self.steps)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -900,7 +901,8 @@ def effective_rank(h):
     """exp of the entropy of the singular values of centred h (N, D): 1 when collapsed, at most D."""
     h = h.detach().float()[:1024]
     h = h - h.mean(0)
-    spectrum = torch.linalg.eigvalsh(h.T @ h if len(h) > h.shape[1] else h @ h.T).clamp(min=0).sqrt()  # cheaper than an SVD
+    squares = torch.linalg.eigvalsh(h.T @ h if len(h) > h.shape[1] else h @ h.T)  # far cheaper than an SVD
+    spectrum = squares.clamp(min=0).sqrt()
     return torch.special.entr(spectrum / spectrum.sum()).sum().exp().item()
 
 
@@ -1044,8 +1046,8 @@ def parse_config(argv=None):
     for field in dataclasses.fields(Config):
         several = isinstance(field.default, tuple)
         parser.add_argument("--" + field.name.replace("_", "-"), nargs="+" if several else None,
-                            type=type(field.default[0] if several else field.default),
-                            help=comments[field.name].replace("%", "%%"), metavar="X" if several else field.name.upper())
+                            metavar="X" if several else field.name.upper(), help=comments[field.name].replace("%", "%%"),
+                            type=type(field.default[0] if several else field.default))
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "auto")
     if preset == "auto":
@@ -1086,11 +1088,10 @@ def check_config(c, processes):
 
 def run(main):
     """Call main(); a UserError becomes one sentence on stderr and exit code 2."""
-    rank = int(os.environ.get("RANK", 0))
     try:
         main()
     except (UserError, FloatingPointError) as error:
-        if rank == 0:
+        if World().local_rank == 0:  # said once a node
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:

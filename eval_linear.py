@@ -118,7 +118,10 @@ def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3
 
 
 def knn_probe(train, train_labels, test, test_labels, k=20, temperature=0.07, block=512):
-    """Accuracy, in per cent, of a vote of the k nearest by cosine, weighted exp(cosine / temperature) (Wu et al., 2018)."""
+    """Accuracy, in per cent, of a vote of the k nearest by cosine, with weights exp(cosine / temperature).
+
+    Features and labels as for `linear_probe`, not standardised (Wu et al., 2018, section 3.4).
+    """
     train, classes, right = F.normalize(train), int(train_labels.max()) + 1, 0
     for features, labels in zip(F.normalize(test).split(block), test_labels.split(block)):
         cosine, nearest = (features @ train.T).topk(min(k, len(train)))
@@ -174,8 +177,8 @@ def main():
 
     source = dict(dataset=config.dataset, data=config.data, image_size=config.image_size, cache=config.cache,
                   seed=config.seed, min_side=native, quiet=world.rank != 0)
-    images, labels = zip(*bagssl.leader_first(
-        lambda: [bagssl.load_images(split=split, **source) for split in ("train", "test")], world.local_rank == 0, world))
+    images, labels = zip(*bagssl.leader_first(lambda: [bagssl.load_images(split=split, **source)
+                                                       for split in ("train", "test")], world.local_rank == 0, world))
     train_images, train_labels = images[0], labels[0]
     if arguments.train_images:
         chosen = torch.randperm(len(train_images), generator=torch.Generator().manual_seed(0))[:arguments.train_images]
@@ -183,7 +186,7 @@ def main():
     test_images, test_labels = images[1], labels[1]
     sets, labels = ((train_images, "train"), (test_images, "test")), (train_labels.to(device), test_labels.to(device))
     if world.rank == 0:
-        print(f"probing {arguments.checkpoint} on {len(train_images):,} train and {len(test_images):,} test images", flush=True)
+        print(f"probing {arguments.checkpoint}: {len(train_images):,} train and {len(test_images):,} test images", flush=True)
 
     torch.manual_seed(config.seed)
     untrained = Encoder(config.arch, config.stem_stride, config.projector).eval().to(memory_format=torch.channels_last)

@@ -20,8 +20,8 @@ import bagssl
 import eval_linear
 
 HERE = Path(__file__).parent
-TINY = ["--preset", "demo", "--image-size", "40", "--batch-size", "8", "--num-patches", "2", "--projector", "16", "16", "16",
-        "--epochs", "1", "--device", "cpu", "--lr", "1e-4"]
+TINY = ["--preset", "demo", "--image-size", "40", "--batch-size", "8", "--num-patches", "2", "--epochs", "1",
+        "--projector", "16", "16", "16", "--lr", "1e-4", "--device", "cpu"]
 
 
 def command(*arguments, script="bagssl.py", launcher=(), timeout=300, **environment):
@@ -269,7 +269,8 @@ def test_vicreg_loss_refuses_what_has_no_pairs(shape):
 @pytest.mark.parametrize("per_side, scale, size", [(1, 0.25, None), (3, 0.25, None), (2, 0.5, 12), (1, 1.0, None)])
 def test_bag_is_the_mean_over_a_loop(chunk, per_side, scale, size):
     torch.manual_seed(0)
-    backbone = bagssl.make_backbone("resnet18", 1).eval()
+    backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
+                                   torch.nn.Flatten())
     images = torch.randint(0, 256, (3, 3, 20, 24), dtype=torch.uint8)
     largest = 0
 
@@ -285,7 +286,7 @@ def test_bag_is_the_mean_over_a_loop(chunk, per_side, scale, size):
         for image, h in zip(images, found):
             patches = bagssl.grid_patches(image[None], per_side, scale, size)[0]
             expected = sum(backbone(bagssl.normalize(patch[None]))[0] for patch in patches) / len(patches)
-            torch.testing.assert_close(h, expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(h, expected, atol=1e-5, rtol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------
