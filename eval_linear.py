@@ -186,7 +186,8 @@ def main():
     test_images, test_labels = images[1], labels[1]
     sets, labels = ((train_images, "train"), (test_images, "test")), (train_labels.to(device), test_labels.to(device))
     if world.rank == 0:
-        print(f"probing {arguments.checkpoint}: {len(train_images):,} train and {len(test_images):,} test images", flush=True)
+        print(f"probing {arguments.checkpoint} with {len(train_images):,} train and {len(test_images):,} test images",
+              flush=True)
 
     torch.manual_seed(config.seed)
     untrained = Encoder(config.arch, config.stem_stride, config.projector).eval().to(memory_format=torch.channels_last)
