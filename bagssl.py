@@ -35,9 +35,11 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -72,9 +74,10 @@ class Config:
     num_patches: int = 4  # V, patches an image a step; each further one is compared with all others for free
     batch_size: int = 256  # B, images a step, over all processes; the covariance needs some hundreds
     epochs: int = 30  # passes over the images
-    lr: float = 1e-3  # peak learning rate of AdamW
-    warmup: float = 0.1  # part of the steps in which the learning rate rises, while Adam's averages settle
-    weight_decay: float = 0.01  # not applied to biases and normalisation
+    lr: float = 0.1  # peak learning rate of SGD with momentum 0.9; AdamW's best rate lies a factor of 2 from collapse
+    clip: float = 2.0  # longest gradient; the first ones are 20 times as long as the rest, and z would run away
+    warmup: float = 0.1  # part of the steps in which the learning rate rises
+    weight_decay: float = 1e-4  # not applied to biases and normalisation
     inv_weight: float = 25.0  # weight of the invariance term; this and the next two are the VICReg authors'
     var_weight: float = 25.0  # weight of the variance term
     cov_weight: float = 1.0  # weight of the covariance term
@@ -85,12 +88,12 @@ class Config:
 
 
 PRESETS = {
-    # Ten classes need few dimensions of z; agreement is weak there, so z is small and its covariance needs the weight.
+    # Ten classes need few dimensions of z; patches agree weakly there, so its covariance needs the weight.
     "demo": dict(image_size=80, patch_scale=(0.04,), stem_stride=2, num_patches=4, batch_size=64, epochs=1,
                  projector=(512, 512, 32), cov_weight=10.0, lr=2e-3),
-    # A stride in the stem doubles the patches a minute, and small batches make more steps of them. The lower
+    # A stride in the stem quarters the work a patch, and small batches make more steps of a budget. The lower
     # weight on invariance keeps z's scale, and with it the covariance term, from shrinking early on.
-    "cifar10-cpu": dict(dataset="cifar10", stem_stride=2, num_patches=4, batch_size=64, epochs=2,
+    "cifar10-cpu": dict(dataset="cifar10", stem_stride=2, num_patches=4, batch_size=64, epochs=3,
                         projector=(1024, 1024, 1024), inv_weight=10.0),
     "cifar10": dict(dataset="cifar10"),
     "cifar100": dict(dataset="cifar100"),
@@ -317,6 +320,21 @@ def normalize(images):
     return (images - mean) / std
 
 
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d, 3 x 3 and padded by 1, that is a matrix product where its output is one pixel.
+
+    A ResNet's last maps are single pixels when patches are small. Eight of the nine taps then meet
+    nothing but padding, and CPU convolutions take 30 times the product's time for their gradients.
+    """
+
+    def forward(self, x):
+        height, width = x.shape[-2:]
+        if max(height, width) > self.stride[0]:
+            return super().forward(x)
+        taps = self.weight[:, :, 1:1 + height, 1:1 + width]
+        return (x.flatten(1) @ taps.flatten(1).T)[..., None, None]
+
+
 def make_backbone(arch="resnet18", stem_stride=4):
     """torchvision's ResNet-18, 34 or 50 without its classifier: (N, 3, s, s) -> (N, D).
 
@@ -329,6 +347,11 @@ def make_backbone(arch="resnet18", stem_stride=4):
         backbone.conv1 = nn.Conv2d(3, 64, 3, stem_stride, 1, bias=False)
         nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
         backbone.maxpool = nn.Identity()
+    for name, old in list(backbone.named_modules()):
+        if isinstance(old, nn.Conv2d) and old.kernel_size == (3, 3):
+            new = Conv2d(old.in_channels, old.out_channels, 3, old.stride, padding=1, bias=False)
+            new.weight = old.weight
+            backbone.set_submodule(name, new)
     return backbone
 
 
@@ -365,7 +388,7 @@ class Encoder(nn.Module):
 # Frobenius norm into its diagonal (variance) and the rest (covariance).
 
 
-def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4):
+def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, share=(0, 1)):
     """VICReg for V patches an image: the mean, over all pairs of patches, of the two-view loss.
 
     z: projections (B, V, D), B >= 2 images of V >= 2 patches. For patches i and j of every image,
@@ -375,6 +398,10 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4):
     (Bardes, Ponce, LeCun, 2022); the equation in their paper does not halve the hinges.
     Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. float32 inside
     autocast too; float64 stays float64. Raises ValueError on a z of another shape.
+
+    share: (r, n) computes only the r-th n-th of the products that the covariances need, n times. The
+    mean of the n results is the loss, and that of their gradients its gradient: n processes that all
+    hold z divide the work. For B = 2048, V = 4, D = 8192 it is 0.8 TFLOP, and 0.1 on each of 8.
     """
     if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"vicreg_loss takes z (B, V, D) with B >= 2 and V >= 2, not {tuple(z.shape)}")
@@ -388,8 +415,11 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4):
         variance = z.square().sum(1) / (B - 1)  # (V, D)
         var = (1 - (variance + eps).sqrt()).relu().mean()
         # ||Z^T Z||_F = ||Z Z^T||_F: take the smaller product, and its diagonal off by the variances.
-        product = z @ z.mT if B < D else z.mT @ z  # (V, B, B) or (V, D, D)
-        cov = 2 * (product.square().sum() / (B - 1) ** 2 - variance.square().sum()) / (V * D)
+        z = z if B < D else z.mT
+        rank, size = share
+        rows = slice(rank * z.shape[1] // size, (rank + 1) * z.shape[1] // size)
+        product = z[:, rows] @ z.mT  # (V, B / size, B) or (V, D / size, D)
+        cov = 2 * (size * product.square().sum() / (B - 1) ** 2 - variance.square().sum()) / (V * D)
         loss = inv_weight * inv + var_weight * var + cov_weight * cov
     return loss, {"inv": inv.detach(), "var": var.detach(), "cov": cov.detach()}
 
@@ -461,18 +491,15 @@ def clock(seconds):
 
 
 def list_images(folder):
-    """Image files at any depth below `folder`, hidden ones left out: sorted [(relative path, size, mtime)]."""
-    found, folders = [], [folder]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append(entry.path)
-                elif entry.name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS):
-                    stat = entry.stat()
-                    found.append((os.path.relpath(entry.path, folder), stat.st_size, stat.st_mtime_ns))
+    """Image files at any depth below `folder`, hidden ones left out: sorted [(relative path, bytes, mtime)]."""
+    found = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and not name.startswith("."):
+                path = os.path.join(place, name)
+                stat = os.stat(path)
+                found.append((os.path.relpath(path, folder), stat.st_size, stat.st_mtime_ns))
     return sorted(found)
 
 
@@ -494,7 +521,10 @@ def find_folder(dataset, data):
 def decode_image(path, size):
     """Read, resize the short side to `size`, centre-crop: uint8 (3, size, size), and the short side it had."""
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits, which convert() would clip, not scale
+            image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
+        image = image.convert("RGB")
     short = min(image.size)
     image = torchvision.transforms.functional.resize(image, size)
     image = torchvision.transforms.functional.center_crop(image, size)
@@ -782,17 +812,26 @@ def sync_batch_norm(encoder, device):
 # The run's folder: config.json, log.jsonl, checkpoint.pt, backbone.pt
 
 
-def save_atomically(path, content):
-    """Save bytes, or what torch.save takes, aside, flush to disk, rename: `path` is whole at any moment."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+def save_atomically(path, content, keep=None):
+    """Save bytes, or what torch.save takes, aside, flush to disk, rename: what is there is whole at any moment.
+
+    keep: the name under which to keep the file that was there before.
+    """
+    aside = path.with_name(f".{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
             file.write(content) if isinstance(content, bytes) else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            path.replace(path.with_name(keep))
         aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+        if aside.is_file():
+            aside.unlink()
+        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); make room there, or give another --out. "
+                        f"What was saved before is whole") from error
 
 
 def load_checkpoint(path):
@@ -809,7 +848,22 @@ def load_checkpoint(path):
                         f"give a checkpoint.pt that bagssl.py wrote") from error
     if not isinstance(checkpoint, dict) or not {"config", "encoder", "step"} <= checkpoint.keys():
         raise UserError(f"{path} is not a checkpoint of bagssl.py; give a checkpoint.pt that it wrote")
+    if not checkpoint["config"].keys() <= Config.__dataclass_fields__.keys():
+        raise UserError(f"{path} was written by another version of bagssl.py; read it with that one, or train again")
     return checkpoint
+
+
+def last_checkpoint(out):
+    """The newest whole checkpoint of a run's folder, or None where none was written yet."""
+    there = [path for path in (out / "checkpoint.pt", out / "checkpoint.previous.pt") if path.exists()]
+    for path in there:
+        try:
+            return load_checkpoint(path)
+        except UserError as error:
+            if path == there[-1]:
+                raise
+            print(f"{error}; going on from the one before", file=sys.stderr)
+    return None
 
 
 def load_encoder(path):
@@ -831,58 +885,47 @@ def settings_of(config):
 def open_run(config):
     """Make the run's folder, or check that the run in it is this one; returns its checkpoint or None."""
     out, settings = Path(config.out), settings_of(config)
-    if (out / "config.json").is_file():
-        there = json.loads((out / "config.json").read_text())
-        changed = [f"{name} was {there.get(name)}, is {settings[name]}"
-                   for name in settings if there.get(name) != settings[name]]
-        if changed:
-            raise UserError(f"{out} holds a run of another config ({'; '.join(changed)}); "
-                            f"give another --out, or remove that folder")
-        return load_checkpoint(out / "checkpoint.pt") if (out / "checkpoint.pt").exists() else None
-    if out.is_file() or out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} exists and holds no run of bagssl.py; give another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        save_atomically(out / "config.json", b"")  # is there room, and leave, to write?
-        (out / "config.json").unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {out} ({error}); give another --out") from error
-    return None
+    if not (out / "config.json").is_file():
+        if out.is_file() or out.is_dir() and any(out.glob("[!.]*")):
+            raise UserError(f"{out} exists and holds no run of bagssl.py; give another --out")
+        save_atomically(out / ".writable", b"")  # better known before the images are decoded
+        (out / ".writable").unlink()
+        return None
+    there = json.loads((out / "config.json").read_text())
+    changed = [f"{name} was {there.get(name)}, is {settings[name]}"
+               for name in settings if there.get(name) != settings[name]]
+    if changed:
+        raise UserError(f"{out} holds a run of another config ({'; '.join(changed)}); "
+                        f"give another --out, or remove that folder")
+    return last_checkpoint(out)
 
 
 class Log:
-    """log.jsonl, a line a step, and the progress line. Rows wait on the device until there is time to read them."""
+    """log.jsonl, one line a step, and the progress line."""
 
-    def __init__(self, path, start, steps):
-        kept = path.read_text().splitlines()[:start] if path.exists() else []  # a resumed run rewrites the rest
+    def __init__(self, path, start, config, steps):
+        kept = path.read_text().splitlines()[:start] if path.exists() else []  # a resumed run writes the rest again
         save_atomically(path, "".join(f"{line}\n" for line in kept).encode())
-        self.path, self.steps, self.progress, self.waiting = path, steps, Progress(), []
-        self.begun, self.begun_at = time.monotonic(), start
+        self.file, self.config, self.steps, self.start = open(path, "a", buffering=1), config, steps, start
+        self.progress, self.begun, self.shown, self.warned = Progress(), time.monotonic(), 0.0, False
 
-    def add(self, step, lr, loss, terms):
-        self.waiting.append((step, lr, torch.stack([loss.detach(), *terms.values()])))
-
-    def flush(self, config, h):
-        """Write what waits. Raises FloatingPointError at a loss that is not a number."""
-        values = torch.stack([row for *_, row in self.waiting]).tolist()  # the one wait for the device
-        step, lr, _ = self.waiting[-1]
-        done, seconds = step + 1 - self.begun_at, time.monotonic() - self.begun
-        rate = done * config.batch_size * config.num_patches / seconds
-        loss, inv, var, cov = values[-1]
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step} (inv {inv:.3g}, var {var:.3g}, cov {cov:.3g}, "
-                                     f"learning rate {lr:.2g}); start again with a lower --lr and another --out")
-        rank = effective_rank(h)
-        entries = [{"step": at, **dict(zip(("loss", "inv", "var", "cov"), row)), "lr": its_lr}
-                   for (at, its_lr, _), row in zip(self.waiting, values)]
-        entries[-1] |= {"patches_per_s": rate, "effective_rank": rank}
-        with open(self.path, "a") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in entries)
-        self.waiting.clear()
-        self.progress(f"step {step + 1:>{len(str(self.steps))}}/{self.steps}  "
-                      f"{clock(seconds / done * (self.steps - step - 1))} left  "
-                      f"loss {loss:.3f} (inv {inv:.3f}  var {var:.3f}  cov {cov:.3f})  "
-                      f"rank {rank:.0f}/{h.shape[1]}  lr {lr:.1e}  {rate:,.0f} patches/s", last=step + 1 == self.steps)
+    def add(self, step, lr, figures, h):
+        """figures: loss, inv, var, cov. The embeddings h are looked at every few seconds."""
+        entry = dict(zip(("step", "loss", "inv", "var", "cov", "lr"), (step, *figures, lr)))
+        now, last, done = time.monotonic(), step + 1 == self.steps, step + 1 - self.start
+        if last or now - self.shown > 5:
+            self.shown, rate = now, done * self.config.batch_size * self.config.num_patches / (now - self.begun)
+            rank = effective_rank(h)
+            entry |= {"patches_per_s": rate, "effective_rank": rank}
+            self.progress(f"step {step + 1:>{len(str(self.steps))}}/{self.steps}  "
+                          f"{clock((now - self.begun) / done * (self.steps - step - 1))} left  "
+                          f"loss {figures[0]:.3f} (inv {figures[1]:.3f}  var {figures[2]:.3f}  cov {figures[3]:.3f})  "
+                          f"rank {rank:.0f}/{h.shape[1]}  lr {lr:.1e}  {rate:,.0f} patches/s", last)
+            if rank < 2 and step > self.config.warmup * self.steps and not self.warned:
+                self.warned = True
+                print(f"warning: the embeddings have collapsed to effective rank {rank:.1f} at step {step}: start "
+                      f"again with a lower --lr or a larger --cov-weight, and another --out", file=sys.stderr)
+        self.file.write(json.dumps(entry) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -907,13 +950,7 @@ def effective_rank(h):
     h = h - h.mean(0)
     squares = torch.linalg.eigvalsh(h.T @ h if len(h) > h.shape[1] else h @ h.T)  # far cheaper than an SVD
     spectrum = squares.clamp(min=0).sqrt()
-    return torch.special.entr(spectrum / spectrum.sum()).sum().exp().item()
-
-
-def make_input(images, top, left, side, size, params):
-    """The encoder's input (B V, 3, s, s): patches cut, augmented, standardised. Pure, to be compiled."""
-    patches = cut_patches(images, top, left, side, size).float() / 255
-    return normalize(apply_augment(patches, params)).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    return torch.special.entr(spectrum / spectrum.sum().clamp(min=1e-12)).sum().exp().item()
 
 
 def leader_first(function, leads, world):
@@ -929,32 +966,100 @@ def leader_first(function, leads, world):
     return result
 
 
+@contextmanager
+def signals_noted():
+    """Inside, SIGINT and SIGTERM only add their number to the list given; a second one acts as ever."""
+    noted, usual = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore():
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    def note(number, _):
+        noted.append(number)
+        restore()
+
+    for number in usual:
+        signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        restore()
+
+
+def batches(images, config, mine, device, start):
+    """Yield the images of each step from `start` on, this process's part of the batch, on the device."""
+    N, B = images.shape[0], config.batch_size
+    for step in itertools.count(start):
+        epoch, batch = divmod(step, N // B)  # an epoch's last, incomplete batch is left out
+        if batch == 0 or step == start:
+            order = torch.randperm(N, generator=generator_for("cpu", config.seed, 0, epoch)).to(images.device)
+        chosen = images[order[batch * B:(batch + 1) * B][mine]]
+        if device.type == "cuda" and not chosen.is_cuda:
+            chosen = chosen.pin_memory()
+        yield chosen.to(device, non_blocking=True)
+
+
+def make_input(images, top, left, side, size, params):
+    """The encoder's input (B V, 3, s, s): patches cut, augmented, standardised. Pure, to be compiled."""
+    patches = cut_patches(images, top, left, side, size).float() / 255
+    return normalize(apply_augment(patches, params)).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def draw_input(images, config, step, mine, make_input=make_input):
+    """The patches of a step: drawn for the whole batch, as small tensors, and made for this process's part of it."""
+    scale, shape = config.patch_scale, (config.batch_size, config.num_patches)
+    generator = generator_for(images.device, config.seed, 1, step)
+    top, left, side = draw_crops(*shape, *images.shape[-2:], scale if len(scale) == 2 else scale[0], generator,
+                                 images.device)
+    params = draw_augment(shape, generator, images.device)
+    return make_input(images, top[mine], left[mine], side if isinstance(side, int) else side[mine],
+                      config.patch_size or None, {name: value[mine] for name, value in params.items()})
+
+
+def print_plan(config, world, images, encoder, bf16, steps, start):
+    """What the run will do, before it starts."""
+    scale, processes = config.patch_scale, f"{world.size} process{'es' * (world.size > 1)}"
+    side = patch_side(*images.shape[-2:], scale[0])
+    extent = f"{side} x {side} pixels" if len(scale) == 1 else f"{scale[0]:g} to {scale[1]:g} of its area"
+    print(f"images: {len(images):,} of {config.image_size} x {config.image_size}, {config.num_patches} patches of "
+          f"{extent} from each" + f", resized to {config.patch_size} x {config.patch_size}" * bool(config.patch_size))
+    if config.dataset == "demo" and not config.data:
+        print(f"        one part tells the class in {demo_world().max(0).sum() / 10:.1%} of cases at best")
+    count, projector = (sum(p.numel() for p in part.parameters()) for part in (encoder.backbone, encoder.projector))
+    print(f"model:  {config.arch}, {count / 1e6:.1f} M parameters, projector {projector / 1e6:.1f} M; "
+          f"{'bfloat16' if bf16 else 'float32'} on {next(encoder.parameters()).device.type}, {processes}")
+    patches = steps * config.batch_size * config.num_patches
+    print(f"run:    {config.epochs} epochs of {steps // config.epochs} steps of {config.batch_size} images, {patches:,} "
+          f"patches; {config.out}, two checkpoints of {8 * (count + projector) / 1e6:,.0f} MB"
+          + (f", continued at step {start}" if start else ""), flush=True)
+    if start == steps:
+        print("        complete already: nothing to do; give another --out for a new run")
+
+
 def train(config, world):
     """Pretrain as `config` says; `config.out` gets checkpoint.pt, backbone.pt and log.jsonl."""
-    device, writes, out = pick_device(config.device, world.local_rank), world.rank == 0, Path(config.out)
-    checkpoint = leader_first(lambda: open_run(config), writes, world)
-    fixed = len(config.patch_scale) == 1
-    scale, size = config.patch_scale[0] if fixed else config.patch_scale, config.patch_size or None
-    native = patch_side(config.image_size, config.image_size, config.patch_scale[0])
+    device, leads, out = pick_device(config.device, world.local_rank), world.rank == 0, Path(config.out)
+    checkpoint = leader_first(lambda: open_run(config), leads, world)
     images, _ = leader_first(  # one process a node decodes or downloads
         lambda: load_images(config.dataset, config.data, "pretrain", config.image_size, config.cache, config.seed,
-                            min_side=native, quiet=not writes), world.local_rank == 0, world)
-    N, B, V = len(images), config.batch_size, config.num_patches
-    if N < B:
-        raise UserError(f"{N} images are less than one batch of {B}; give more images or a smaller --batch-size")
+                            min_side=patch_side(config.image_size, config.image_size, config.patch_scale[0]),
+                            quiet=not leads), world.local_rank == 0, world)
+    B, V = config.batch_size, config.num_patches
+    if len(images) < B:
+        raise UserError(f"{len(images)} images are less than one batch of {B}; give more images or a smaller "
+                        f"--batch-size")
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
-    epoch_steps = N // B  # an epoch's last, incomplete batch is left out
-    steps, start = config.epochs * epoch_steps, checkpoint["step"] if checkpoint else 0
+    steps, start = config.epochs * (len(images) // B), checkpoint["step"] if checkpoint else 0
 
     torch.manual_seed(config.seed)
-    encoder = Encoder(config.arch, config.stem_stride, config.projector)
-    encoder = encoder.to(device, memory_format=torch.channels_last)
+    encoder = Encoder(config.arch, config.stem_stride, config.projector).to(device, memory_format=torch.channels_last)
     if world.size > 1:
         encoder = sync_batch_norm(encoder, device)
     matrices, vectors = ([p for p in encoder.parameters() if (p.ndim > 1) == deep] for deep in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=config.lr,
-                                  weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.SGD([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=config.lr,
+                                momentum=0.9, nesterov=True, weight_decay=config.weight_decay, fused=True)
     if checkpoint:
         encoder.load_state_dict(checkpoint["encoder"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -963,69 +1068,68 @@ def train(config, world):
         model = nn.parallel.DistributedDataParallel(encoder, device_ids=[device] if device.type == "cuda" else None)
     if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
         model, prepare = torch.compile(model), torch.compile(prepare)
-
-    if writes:
-        extent = f"{native} x {native} pixels" if fixed else f"{scale[0]:g} to {scale[1]:g} of its area"
-        print(f"images: {N:,} of {config.image_size} x {config.image_size}, {V} patches of {extent} from each"
-              + (f", resized to {size} x {size}" if size else ""))
-        if config.dataset == "demo" and not config.data:
-            print(f"        one part tells the class in {demo_world().max(0).sum() / 10:.1%} of cases at best")
-        print(f"model:  {config.arch}, {sum(p.numel() for p in encoder.backbone.parameters()) / 1e6:.1f} M parameters; "
-              f"{'bfloat16' if bf16 else 'float32'} on {device.type}, {world.size} process{'es' * (world.size > 1)}")
-        print(f"run:    {out}, {config.epochs} epochs of {epoch_steps} steps of {B} images"
-              + (f", continued at step {start}" if checkpoint else ""), flush=True)
-        if start == steps:
-            print("        complete already: nothing to do; give another --out for a new run")
+    if leads:
+        print_plan(config, world, images, encoder, bf16, steps, start)
     if start == steps:
         return
-
-    mine = slice(world.rank * B // world.size, (world.rank + 1) * B // world.size)  # of each batch
-
-    def fetch(step):
-        """This process's images of a step, on the device."""
-        epoch, batch = divmod(step, epoch_steps)
-        order = torch.randperm(N, generator=generator_for("cpu", config.seed, 0, epoch))
-        chosen = images[order[batch * B:(batch + 1) * B][mine].to(images.device)]
-        if device.type == "cuda" and not chosen.is_cuda:
-            chosen = chosen.pin_memory()
-        return chosen.to(device, non_blocking=True)
-
-    if writes:
+    if leads:
         save_atomically(out / "config.json", json.dumps(settings_of(config), indent=1).encode())
-        log = Log(out / "log.jsonl", start, steps)
-    begun = saved = logged = time.monotonic()
-    loader = ThreadPoolExecutor(1)
-    ahead = loader.submit(fetch, start)
-    for step in range(start, steps):
-        batch, ahead = ahead.result(), loader.submit(fetch, (step + 1) % steps)  # loads beside the arithmetic
-        generator = generator_for(device, config.seed, 1, step)
-        top, left, side = draw_crops(B, V, *batch.shape[-2:], scale, generator, device)
-        params = draw_augment((B, V), generator, device)
-        x = prepare(batch, top[mine], left[mine], side if fixed else side[mine], size,
-                    {name: value[mine] for name, value in params.items()})
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            h, z = model(x)
-        z = z.unflatten(0, (-1, V))  # (B / processes, V, D)
-        loss, terms = vicreg_loss(GatherRows.apply(z) if world.size > 1 else z,
-                                  config.inv_weight, config.var_weight, config.cov_weight)
-        for group in optimizer.param_groups:
-            group["lr"] = lr = learning_rate(step, steps, config)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # of the same loss on every process: averaged by DDP, the gather's summed gradients are exact
-        optimizer.step()
+        log = Log(out / "log.jsonl", start, config, steps)
 
-        if writes:
-            now, last = time.monotonic(), step + 1 == steps
-            log.add(step, lr, loss, terms)
-            if save_now := last or now - saved > 60 * config.save_every:
-                saved = now
-            if save_now or step == start or now - logged > 5:
-                logged = now
-                log.flush(config, h)
-            if save_now:
-                save_atomically(out / "checkpoint.pt", {"config": dataclasses.asdict(config), "step": step + 1,
-                                "encoder": encoder.state_dict(), "optimizer": optimizer.state_dict()})
-    if writes:
+    def settle(step, lr, figures, h):
+        """Wait for a step's figures, stop at bad ones, log them; returns whether a signal came, and a save is due."""
+        loss, inv, var, cov, gradient, signals, due = figures.tolist()
+        if not math.isfinite(loss + gradient):
+            raise FloatingPointError(
+                f"the {'gradient' if math.isfinite(loss) else 'loss'} is not finite at step {step} (inv {inv:.3g}, "
+                f"var {var:.3g}, cov {cov:.3g}, learning rate {lr:.2g}); what was saved before is untouched. "
+                f"Try a lower --lr with another --out")
+        if leads:
+            log.add(step, lr, (loss, inv, var, cov), h)
+        return signals > 0, due > 0
+
+    begun = saved = time.monotonic()
+    mine = slice(world.rank * B // world.size, (world.rank + 1) * B // world.size)  # of each batch
+    loader, source = ThreadPoolExecutor(1), batches(images, config, mine, device, start)
+    ahead, before = loader.submit(next, source), None
+    with signals_noted() as signals:
+        for step in range(start, steps):
+            batch, ahead = ahead.result(), loader.submit(next, source)  # loads beside the arithmetic
+            x = draw_input(batch, config, step, mine, prepare)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                h, z = model(x)
+            z = z.unflatten(0, (-1, V))  # (B / processes, V, D)
+            loss, terms = vicreg_loss(GatherRows.apply(z) if world.size > 1 else z, config.inv_weight,
+                                      config.var_weight, config.cov_weight, share=(world.rank, world.size))
+            for group in optimizer.param_groups:
+                group["lr"] = lr = learning_rate(step, steps, config)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # summed by the gather, averaged by DDP: exactly the gradient of the whole batch's loss
+            gradient = nn.utils.clip_grad_norm_(encoder.parameters(), config.clip)  # its length before that
+            optimizer.step()
+
+            # All processes decide alike, from figures averaged over them, and one step late: by then the
+            # device has its next step and need not wait for the host.
+            due = leads and time.monotonic() - saved > 60 * config.save_every
+            figures = torch.stack([loss.detach(), *terms.values(), gradient.float(),
+                                   *(torch.full_like(gradient, flag) for flag in (len(signals), due))])
+            if world.size > 1:
+                dist.all_reduce(figures)
+                figures /= world.size
+            stop, due = settle(*before) if before else (False, False)
+            before = step, lr, figures, h
+            if stop or due or step + 1 == steps:
+                settle(*before)
+                before, saved = None, time.monotonic()
+                if leads:
+                    save_atomically(out / "checkpoint.pt", {
+                        "config": dataclasses.asdict(config), "step": step + 1, "encoder": encoder.state_dict(),
+                        "optimizer": optimizer.state_dict()}, keep="checkpoint.previous.pt")
+            if stop:
+                if leads:
+                    print(f"stopped after step {step + 1} of {steps} and saved; the same command continues", flush=True)
+                sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    if leads:
         save_atomically(out / "backbone.pt", encoder.backbone.state_dict())
         print(f"trained for {clock(time.monotonic() - begun)}; saved {out}/checkpoint.pt and, for torchvision, "
               f"{out}/backbone.pt\nprobe it: python eval_linear.py --checkpoint {out}/checkpoint.pt")
@@ -1083,7 +1187,8 @@ def check_config(c, processes):
                                         f"give a multiple of {processes}"),
         (c.epochs >= 1, f"--epochs must be 1 or more, not {c.epochs}"),
         (len(c.projector) == 3 and min(c.projector) >= 1, "--projector takes three widths, such as 2048 2048 2048"),
-        (c.lr > 0 and 0 <= c.warmup <= 1, "--lr must be above 0, and --warmup a part of the run, in [0, 1]"),
+        (c.lr > 0 and c.clip > 0, f"--lr and --clip must be above 0, not {c.lr:g} and {c.clip:g}"),
+        (0 <= c.warmup <= 1, f"--warmup is a part of the run, in [0, 1], not {c.warmup:g}"),
         (c.compile in ("auto", "yes", "no"), f"--compile is auto, yes or no, not {c.compile}"),
     ]
     for holds, sentence in rules:

@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Tests of BagSSL: each property against an independent reference. Run: python -m pytest -q"""
 
+import errno
 import itertools
 import json
 import math
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +31,9 @@ TINY = ["--preset", "demo", "--image-size", "40", "--batch-size", "8", "--num-pa
 
 def command(*arguments, script="bagssl.py", launcher=(), timeout=300, **environment):
     """Run a script as a user does; returns the finished process with its output as text."""
-    return subprocess.run([sys.executable, *launcher, str(HERE / script), *map(str, arguments)], text=True,
-                          capture_output=True, timeout=timeout, stdin=subprocess.DEVNULL,
+    script = [str(HERE / script)] if script else []
+    return subprocess.run([sys.executable, *launcher, *script, *map(str, arguments)], text=True, capture_output=True,
+                          timeout=timeout, stdin=subprocess.DEVNULL, cwd=HERE,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
@@ -205,6 +211,20 @@ def test_backbone_has_torchvisions_keys(arch, width):
     assert bagssl.Encoder(arch, 1, (8, 8, 8)).backbone.conv1.stride == (1, 1)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (2, 1), (3, 2), (5, 5)])
+def test_convolution_of_small_maps_is_the_convolution(stride, shape):
+    torch.manual_seed(0)
+    ours, reference = bagssl.Conv2d(5, 7, 3, stride, 1, bias=False), torch.nn.Conv2d(5, 7, 3, stride, 1, bias=False)
+    reference.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 5, *shape).to(memory_format=torch.channels_last)
+    found, expected = ours(x), reference(x)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    torch.testing.assert_close(torch.autograd.grad(found, ours.weight, weights),
+                               torch.autograd.grad(expected, reference.weight, weights))
+
+
 def test_normalize_takes_bytes_and_floats():
     images = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
     expected = TF.normalize(images / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -241,6 +261,18 @@ def test_vicreg_loss_is_the_mean_over_pairs(B, V, D, dtype, tolerance):
     torch.testing.assert_close(z.grad.double(), reference.grad, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("B, V, D", [(7, 2, 11), (11, 3, 6)])
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_shares_of_the_loss_average_to_it(B, V, D, size):
+    z = torch.randn(B, V, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    expected = pairwise_vicreg(z, 25.0, 25.0, 1.0)
+    shares = [bagssl.vicreg_loss(z, share=(rank, size)) for rank in range(size)]
+    found = sum(loss for loss, _ in shares) / size
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.autograd.grad(found, z), torch.autograd.grad(expected, z), rtol=1e-9, atol=1e-12)
+    assert len({terms["cov"].item() for _, terms in shares}) > 1  # they are parts, not copies
+
+
 def test_vicreg_loss_is_float32_under_autocast():
     z = torch.randn(16, 2, 40)
     with torch.autocast("cpu", torch.bfloat16):
@@ -259,6 +291,56 @@ def test_vicreg_loss_makes_no_square_of_the_width():
 def test_vicreg_loss_refuses_what_has_no_pairs(shape):
     with pytest.raises(ValueError, match="vicreg_loss takes"):
         bagssl.vicreg_loss(torch.zeros(shape))
+
+
+@pytest.fixture(scope="module")
+def small_world():
+    """12 symbols in 4 classes, with a joint of pairs in whole numbers: 4,001 pairs in which each occurs as often
+    as its probability says, so that what the loss finds is not blurred by sampling. Returns the pairs (N, 2), p
+    (12,) and the eigenvectors (12, 12) and eigenvalues of the normalised co-occurrences, in descending order."""
+    classes = torch.rand(4, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 6
+    classes = classes / classes.sum(1, keepdim=True)
+    counts = (1000 * classes.T @ classes).round().long()
+    pairs = torch.tensor([[i, j] for i in range(12) for j in range(12)]).repeat_interleave(counts.flatten(), 0)
+    joint = counts / counts.sum().double()
+    p = joint.sum(1)
+    values, vectors = torch.linalg.eigh(joint / (p[:, None] * p).sqrt())
+    assert values.flip(0)[[0, 3, 4]].tolist() == pytest.approx([1, 0.48, 0.01], abs=0.01)  # 3 that are not trivial
+    return pairs, joint, p, values.flip(0), vectors.flip(1)
+
+
+def minimise(function, width):
+    z = torch.randn(12, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    optimizer = torch.optim.LBFGS([z], max_iter=3000, tolerance_grad=1e-12, tolerance_change=1e-16, history_size=50,
+                                  line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = function(z)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return z.detach()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_similarity_with_a_small_covariance_is_the_best_low_rank_co_occurrence(small_world, width):
+    """L_S of the paper at w = 0.7: w U U^T with U = sqrt(p) z is the truncated eigendecomposition."""
+    _, joint, p, values, vectors = small_world
+    z = minimise(lambda z: 0.35 * (z.T @ (p[:, None] * z)).square().sum() - (joint * (z @ z.T)).sum(), width)
+    best = (vectors * values)[:, :width] @ vectors[:, :width].T
+    torch.testing.assert_close(0.7 * (p[:, None] * p).sqrt() * (z @ z.T), best, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_vicreg_spans_the_leading_eigenvectors_of_co_occurrence(small_world, width):
+    """Its covariance weight must be large enough to keep two dimensions from sharing an eigenvector: 1 is not, here."""
+    pairs, _, p, _, vectors = small_world
+    z = minimise(lambda z: bagssl.vicreg_loss(z[pairs], cov_weight=25.0)[0], width)
+    found = torch.linalg.qr(p.sqrt()[:, None] * (z - p @ z)).Q
+    cosines = torch.linalg.svdvals(found.T @ vectors[:, 1:width + 1])  # 0 is the trivial one, which centring removes
+    assert math.degrees(cosines.min().clamp(max=1).acos()) < 0.01
 
 
 # --------------------------------------------------------------------------------------------------
@@ -326,6 +408,7 @@ def test_photos_of_every_kind_are_resized_and_cropped(tmp_path):
     Image.new("RGBA", (50, 50), (9, 8, 7, 255)).save(tmp_path / "alpha.png")
     Image.new("P", (40, 40)).save(tmp_path / "palette.gif.png")
     Image.new("CMYK", (40, 40)).save(tmp_path / "print.jpg")
+    Image.fromarray(np.full((40, 40), 180 * 257, np.uint16)).save(tmp_path / "scan.png")
     turned = Image.new("RGB", (80, 40), (255, 0, 0))
     turned.paste((0, 0, 255), (0, 0, 40, 40))  # blue on the left, which orientation 6 turns to the top
     exif = Image.Exif()
@@ -333,10 +416,10 @@ def test_photos_of_every_kind_are_resized_and_cropped(tmp_path):
     turned.save(tmp_path / "turned.jpg", exif=exif, quality=100, subsampling=0)
     (tmp_path / ".hidden.png").write_bytes(b"not a picture")
     images, labels = bagssl.load_images("any", tmp_path, "pretrain", 32)
-    assert images.shape == (6, 3, 32, 32) and labels is None
+    assert images.shape == (7, 3, 32, 32) and labels is None
     by_name = dict(zip(sorted(path.name for path in tmp_path.glob("[!.]*")), images))
     assert (by_name["alpha.png"] == torch.tensor([9, 8, 7])[:, None, None]).all()
-    assert (by_name["grey.png"] == 90).all()
+    assert (by_name["grey.png"] == 90).all() and (by_name["scan.png"] == 180).all()
     assert by_name["turned.jpg"][2, 0].min() > 200 and by_name["turned.jpg"][0, -1].min() > 200
     with Image.open(tmp_path / "wide.jpg") as photo:
         assert torch.equal(by_name["wide.jpg"], TF.pil_to_tensor(TF.center_crop(TF.resize(photo, 32), 32)))
@@ -462,36 +545,235 @@ def test_a_finished_run_is_left_alone_and_another_config_refused(tiny_run, refus
     assert before == {path.name: path.read_bytes() for path in (folder / "run").iterdir()}
 
 
-def test_a_run_that_was_cut_off_continues(tiny_run, tmp_path):
+def same_weights(*runs):
+    first, *others = (torch.load(run / "backbone.pt", weights_only=True) for run in runs)
+    return all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
+def losses(run):
+    """The loss of each step; each step must be in the log once."""
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == list(range(len(entries)))
+    return [entry["loss"] for entry in entries]
+
+
+def torchrun(processes, *more):
+    return "-m", "torch.distributed.run", *(more or ("--standalone",)), f"--nproc_per_node={processes}"
+
+
+# Runs the command line in a child, again and again, and kills it after a random time that includes the
+# writing of checkpoints. The parent only forks, so that a start costs no import.
+KILLER = """
+import os, random, signal, sys, time
+from pathlib import Path
+import bagssl
+out, kills = Path(sys.argv[sys.argv.index("--out") + 1]), 0
+random.seed(0)
+while True:
+    if not (child := os.fork()):
+        os._exit(bagssl.run(bagssl.main) or 0)
+    before = (out / "checkpoint.pt").stat().st_ino if (out / "checkpoint.pt").exists() else None
+    while kills < 10 and (not (out / "checkpoint.pt").exists() or (out / "checkpoint.pt").stat().st_ino == before):
+        time.sleep(0.01)  # it has gone on from where it was
+    if kills < 10:
+        time.sleep(random.uniform(0, 1))
+        os.kill(child, signal.SIGKILL)
+        kills += 1
+    if not os.WIFSIGNALED(status := os.waitpid(child, 0)[1]):
+        print("killed", kills)
+        sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_killed_at_ten_random_moments_a_run_ends_as_if_it_had_not_been(tiny_run, tmp_path):
+    folder, _ = tiny_run
+    arguments = [*TINY, "--data", folder / "data", "--epochs", 16]
+    whole = command(*arguments, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = command("-c", KILLER, *arguments, "--out", tmp_path / "run", "--save-every", 0, script="")
+    assert killed.returncode == 0 and "killed 10" in killed.stdout, killed.stderr
+    assert len(losses(tmp_path / "run")) == 48 and losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+    assert not list((tmp_path / "run").glob(".*"))  # what half-written checkpoints left has been cleared away
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_with_a_checkpoint(tiny_run, tmp_path, number, code, monkeypatch):
     folder, _ = tiny_run
     arguments = [*TINY, "--data", str(folder / "data"), "--out", str(tmp_path / "run"), "--epochs", "2"]
-    stopping = ("import bagssl; whole_add = bagssl.Log.add\n"
-                "def add(log, step, *rest):\n    whole_add(log, step, *rest)\n    if step == 3: raise SystemExit(9)\n"
-                "bagssl.Log.add = add; bagssl.run(bagssl.main)")
-    cut = subprocess.run([sys.executable, "-c", stopping, *arguments, "--save-every", "0"], cwd=HERE,
-                         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert cut.returncode == 9, cut.stderr
-    assert torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"] == 3
+    draw = bagssl.draw_input
+
+    def interrupted(images, config, step, *rest):
+        if step == 1:
+            os.kill(os.getpid(), number)
+        return draw(images, config, step, *rest)
+
+    monkeypatch.setattr(bagssl, "draw_input", interrupted)
+    monkeypatch.setattr(sys, "argv", ["bagssl.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        bagssl.run(bagssl.main)
+    stopped_at = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"]
+    assert ended.value.code == code and stopped_at == 3 == len(losses(tmp_path / "run"))
+    assert signal.getsignal(number) not in (signal.SIG_IGN, None) and not (tmp_path / "run/backbone.pt").exists()
     finished = command(*arguments)
-    assert finished.returncode == 0 and "continued at step 3" in finished.stdout, finished.stderr
-    log = [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert log == list(range(6))
-    whole, parts = (torch.load(place / "run/backbone.pt", weights_only=True) for place in (folder, tmp_path))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert "continued at step 3" in finished.stdout and finished.returncode == 0, finished.stderr
+    assert losses(tmp_path / "run") == losses(folder / "run") and same_weights(tmp_path / "run", folder / "run")
 
 
-def test_two_processes_train_as_one(tiny_run, tmp_path):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_run, tmp_path):
     folder, _ = tiny_run
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    finished = command(*TINY, "--data", folder / "data", "--out", tmp_path / "run", "--epochs", 2, launcher=launcher)
-    assert finished.returncode == 0, finished.stderr
-    losses = [[json.loads(line)["loss"] for line in (place / "run/log.jsonl").read_text().splitlines()]
-              for place in (folder, tmp_path)]
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)  # six steps later: Adam magnifies rounding
-    one, two = (torch.load(place / "run/backbone.pt", weights_only=True) for place in (folder, tmp_path))
-    for name in one:
-        torch.testing.assert_close(one[name].float(), two[name].float(), rtol=0.05, atol=0.05)
+    arguments = [*TINY, "--data", folder / "data", "--out", tmp_path / "run", "--epochs", 2]
+    assert command(*arguments, "--save-every", 0).returncode == 0
+    (tmp_path / "run/backbone.pt").unlink()
+    checkpoint = tmp_path / "run/checkpoint.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100_000])
+    finished = command(*arguments)
+    assert finished.returncode == 0 and "going on from the one before" in finished.stderr
+    assert "continued at step" in finished.stdout and same_weights(tmp_path / "run", folder / "run")
+
+
+@pytest.mark.parametrize("what, words", [("patch", "the loss is not finite at step 3"),
+                                         ("weight", "the loss is not finite at step 3"),
+                                         ("gradient", "the gradient is not finite at step 3")])
+def test_bad_numbers_stop_a_run_and_leave_its_checkpoint(tiny_run, tmp_path, what, words, monkeypatch, capsys):
+    folder, _ = tiny_run
+    draw, project = bagssl.draw_input, bagssl.Encoder.forward
+
+    def bad_patch(images, config, step, *rest):
+        bad_patch.step = step
+        x = draw(images, config, step, *rest)
+        if what == "patch" and step == 3:
+            x[0, 0, 0, 0] = math.nan
+        return x
+
+    def bad_weight(encoder, x):
+        if what == "weight" and bad_patch.step == 3:
+            with torch.no_grad():
+                encoder.backbone.layer1[0].conv1.weight[0, 0, 0, 0] = math.inf
+        h, z = project(encoder, x)
+        if what == "gradient" and bad_patch.step == 3:
+            z.register_hook(lambda gradient: gradient * math.nan)
+        return h, z
+
+    monkeypatch.setattr(bagssl, "draw_input", bad_patch)
+    monkeypatch.setattr(bagssl.Encoder, "forward", bad_weight)
+    arguments = [*TINY, "--data", folder / "data", "--out", tmp_path / "run", "--epochs", 2, "--save-every", 0]
+    monkeypatch.setattr(sys, "argv", ["bagssl.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        bagssl.run(bagssl.main)
+    told = capsys.readouterr().err
+    assert ended.value.code == 1 and words in told and "--lr" in told and told.count("\n") == 1
+    saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    assert saved["step"] <= 3 and all(value.isfinite().all() for value in saved["encoder"].values())
+
+
+def test_collapse_is_warned_of_once(tmp_path, capsys):
+    log = bagssl.Log(tmp_path / "log.jsonl", 0, bagssl.Config(), 100)
+    for step in range(99):
+        log.shown = -math.inf  # look at each step's embeddings
+        log.add(step, 0.1, (1.0, 1.0, 1.0, 1.0), torch.ones(64, 8) if step > 50 else torch.randn(64, 8))
+    told = capsys.readouterr().err
+    assert told.count("warning") == 1 and "at step 51" in told and "--lr" in told
+    assert len(losses(tmp_path)) == 99
+
+
+def test_a_full_disk_is_told_and_what_was_saved_stays(tiny_run, tmp_path, monkeypatch, refused):
+    folder, _ = tiny_run
+    save, saves = torch.save, []
+
+    def until_full(content, file):
+        saves.append(1)
+        if len(saves) == 3:
+            file.write(b"half a checkpoint")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", until_full)
+    arguments = [*TINY, "--data", folder / "data", "--epochs", 2, "--save-every", 0]
+    told = refused(*arguments, "--out", tmp_path / "run")
+    assert "No space left" in told and "cannot write" in told
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "checkpoint.pt", "checkpoint.previous.pt", "config.json", "log.jsonl"}
+    assert bagssl.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] > 0
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refused(*arguments, "--out", tmp_path / "file/run")
+
+
+def test_processes_train_as_one(tiny_run, tmp_path):
+    """1, 2 and 4 processes: 21 steps of 32 images, losses equal to 1e-5 and weights to 1e-4."""
+    for i in range(96):
+        write_image(tmp_path / f"data/{i}.png", seed=i)
+    arguments = [*TINY, "--data", tmp_path / "data", "--epochs", 7, "--batch-size", 32, "--num-patches", 4]
+    for processes in (1, 2, 4):
+        finished = command(*arguments, "--out", tmp_path / str(processes), launcher=torchrun(processes))
+        assert finished.returncode == 0, finished.stderr
+    one = torch.load(tmp_path / "1/checkpoint.pt", weights_only=True)["encoder"]
+    for processes in (2, 4):
+        assert losses(tmp_path / str(processes)) == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
+        many = torch.load(tmp_path / f"{processes}/checkpoint.pt", weights_only=True)["encoder"]
+        for name in one:
+            torch.testing.assert_close(one[name].float(), many[name].float(), rtol=1e-4, atol=1e-4)
+
+
+# One of two processes kills itself at step 3, the first time round.
+SUICIDE = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import bagssl
+draw = bagssl.draw_input
+def draw_input(images, config, step, *rest):
+    if step == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return draw(images, config, step, *rest)
+bagssl.draw_input = draw_input
+bagssl.run(bagssl.main)
+"""
+
+
+def test_a_killed_process_is_restarted_and_the_run_goes_on(tiny_run, tmp_path):
+    folder, _ = tiny_run
+    (tmp_path / "suicide.py").write_text(SUICIDE)
+    finished = command(HERE, *TINY, "--data", folder / "data", "--out", tmp_path / "run", "--epochs", 2,
+                       "--save-every", 0, launcher=torchrun(2, "--standalone", "--max-restarts=1"), script=tmp_path / "suicide.py")
+    assert finished.returncode == 0 and "continued at step" in finished.stdout, finished.stderr
+    assert len(losses(tmp_path / "run")) == 6
+    assert losses(tmp_path / "run") == pytest.approx(losses(folder / "run"), rel=1e-2)
+
+
+def test_two_nodes_of_two_processes(tiny_run, tmp_path):
+    """Two launchers on one machine, the second late; then the run, cut short, goes on as one process."""
+    folder, _ = tiny_run
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    launcher = torchrun(2, "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}")
+    arguments = [*TINY, "--data", folder / "data", "--out", tmp_path / "run", "--epochs", 2]
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(command, *arguments, launcher=launcher)
+        time.sleep(3)
+        nodes = first.result(), pool.submit(command, *arguments, launcher=launcher).result()
+    assert [node.returncode for node in nodes] == [0, 0], [node.stderr for node in nodes]
+    assert sorted("eval_linear.py" in node.stdout for node in nodes) == [False, True]  # rank 0 alone prints
+    assert losses(tmp_path / "run") == pytest.approx(losses(folder / "run"), rel=1e-2)
+
+
+def test_another_number_of_processes_takes_over(tiny_run, tmp_path):
+    folder, _ = tiny_run
+    arguments = [*TINY, "--data", folder / "data", "--out", tmp_path / "run", "--epochs", 2]
+    assert command(*arguments, "--save-every", 0).returncode == 0
+    (tmp_path / "run/checkpoint.previous.pt").replace(tmp_path / "run/checkpoint.pt")  # of some steps before the end
+    finished = command(*arguments, launcher=torchrun(2))
+    assert finished.returncode == 0 and "continued at step" in finished.stdout, finished.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(folder / "run"), rel=1e-2)
+
+
+def test_a_failed_process_ends_the_job(tiny_run, tmp_path):
+    folder, _ = tiny_run
+    (tmp_path / "failing.py").write_text(SUICIDE)
+    begun = time.monotonic()
+    finished = command(HERE, *TINY, "--data", folder / "data", "--out", tmp_path / "run", "--epochs", 2,
+                       launcher=torchrun(2), script=tmp_path / "failing.py")
+    assert finished.returncode != 0 and time.monotonic() - begun < 60
 
 
 WORKER = """
@@ -505,9 +787,11 @@ x = torch.randn(8, 3, 5, dtype=torch.float64)
 model = model.double()
 parallel = torch.nn.parallel.DistributedDataParallel(model)
 z = parallel(x.chunk(2)[rank].flatten(0, 1)).unflatten(0, (4, 3))
-loss, _ = bagssl.vicreg_loss(bagssl.GatherRows.apply(z))
+loss, _ = bagssl.vicreg_loss(bagssl.GatherRows.apply(z), share=(rank, 2))
 loss.backward()
-torch.save({"loss": loss.detach(), "grads": [p.grad for p in model.parameters()], "state": model.state_dict()},
+loss = loss.detach()
+dist.all_reduce(loss)
+torch.save({"loss": loss / 2, "grads": [p.grad for p in model.parameters()], "state": model.state_dict()},
            f"{sys.argv[2]}/{rank}.pt")
 dist.destroy_process_group()
 """
@@ -521,7 +805,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.ReLU(), torch.nn.Linear(7, 4))
     x = torch.randn(8, 3, 5, dtype=torch.float64)
     model = model.double()
-    loss, _ = bagssl.vicreg_loss(model(x.flatten(0, 1)).unflatten(0, (8, 3)))
+    loss = pairwise_vicreg(model(x.flatten(0, 1)).unflatten(0, (8, 3)), 25.0, 25.0, 1.0)
     loss.backward()
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
@@ -579,7 +863,7 @@ def test_probe_prints_a_table_and_writes_it(tiny_run, tmp_path, launcher):
     checkpoint.write_bytes((folder / "run/checkpoint.pt").read_bytes())
     finished = command("--checkpoint", checkpoint, "--patches", 1, 4, script="eval_linear.py", launcher=launcher)
     assert finished.returncode == 0, finished.stderr
-    results = json.loads((tmp_path / "eval.json").read_text())["results"]
+    results = json.loads((tmp_path / "eval.json").read_text())["probe"]["results"]
     rows = [row["features"] for row in results]
     assert rows == ["one patch, the centre", "bag of 4", "whole image, one pass", "untrained, bag of 4", "raw pixels"]
     for row in results:
@@ -595,14 +879,128 @@ def test_processes_embed_their_shares(tiny_run):
         torch.testing.assert_close(whole, torch.cat([bag(image[None]) for image in images]), atol=1e-4, rtol=1e-3)
 
 
+def test_cosine_to_parts_agrees_with_a_loop():
+    generator = torch.Generator().manual_seed(0)
+    whole, bag = torch.randn(40, 6, generator=generator) + 3, torch.randn(40, 6, generator=generator) - 1
+    labels = torch.arange(40) % 4
+    found = eval_linear.cosine_to_parts(whole, bag, labels)
+    centred = [x.double() - x.double().mean(0) for x in (whole, bag)]
+    cosine = torch.tensor([[float(torch.dot(a, b) / a.norm() / b.norm()) for b in centred[1]] for a in centred[0]])
+    assert found["same image"] == pytest.approx(cosine.diag().mean().item(), abs=1e-5)
+    # One image of each class, whose embedding is its own number: where were the controls drawn from?
+    apart = torch.eye(40)[:, :39] * 100
+    alike = eval_linear.cosine_to_parts(apart, apart, labels)
+    assert alike["same image"] == pytest.approx(1) and alike["same class"] < 0.1 and alike["other class"] < 0.1
+    by_class = torch.eye(4)[labels] + 0.01 * torch.randn(40, 4, generator=generator)
+    alike = eval_linear.cosine_to_parts(by_class, by_class, labels)
+    assert alike["same class"] > 0.99 and alike["other class"] < 0
+
+
+def test_ridge_r2():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 8, generator=generator)
+    signal, noise = x @ torch.randn(8, generator=generator), torch.randn(2000, generator=generator)
+    targets = torch.stack([signal, signal + signal.std() * noise, noise], 1) + 5
+    r2 = eval_linear.ridge_r2(x[:1000], targets[:1000], x[1000:], targets[1000:])
+    assert r2.tolist() == pytest.approx([1, 0.5, 0], abs=0.05)
+
+
+class Knows(torch.nn.Module):
+    """An encoder whose h is the patch, and whose z only knows how bright it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return x.flatten(1), x.mean((1, 2, 3))[:, None] + torch.zeros(len(x), 5)
+
+
+def test_locality_tells_what_an_encoder_knows(tmp_path):
+    ramp = torch.stack(torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij")) * 4
+    images = torch.cat([ramp, torch.full((1, 32, 32), 90)]).expand(600, -1, -1, -1).to(torch.uint8).contiguous()
+    found = eval_linear.locality(Knows(), images, torch.arange(600) % 2, 0.0625, None)
+    assert found["patch, h"]["top"] > 0.8 and found["patch, h"]["left"] > 0.8 and found["patch, h"]["brightness"] > 0.8
+    assert found["patch, z"]["hue"] < 0.2 and found["patch, z"]["class"] < 0.65  # the classes differ in nothing
+    assert "top" not in found["bag of 16, h"] and found["bag of 16, z"]["brightness"] > 0.9
+    eval_linear.draw_neighbours(tmp_path / "n.png", Knows(), images[:20], 0.0625, None, queries=3, count=4)
+    picture = torchvision.io.read_image(str(tmp_path / "n.png"))
+    assert picture.shape == (3, 3 * (3 * (8 + 2 + 1) + 1), 3 * (10 * (8 + 2 + 1) + 1))
+    red = (picture[:, ::3, ::3] == torch.tensor([230, 0, 0])[:, None, None]).all(0)
+    assert red.sum() == 3 * 2 * (4 * 8 + 4)  # a frame round each of 3 queries, in h and in z
+
+
+def test_part_similarity_of_one_who_knows_is_one(monkeypatch):
+    world = bagssl.demo_world()
+    joint, p = world.T @ world / 10, world.mean(0)
+    centre = np.eye(24) - 1 / 24
+    values, vectors = np.linalg.eigh(centre @ np.log(joint / np.outer(p, p)) @ centre)
+    parts = torch.from_numpy(bagssl.demo_images(400, 20, (0, 3))[2]).flatten()
+    factor = torch.from_numpy(vectors * np.sqrt(values.clip(0)))
+    monkeypatch.setattr(eval_linear, "embed_patches", lambda encoder, patches: [None, factor[parts]])
+    expected = np.corrcoef((vectors * values.clip(0) @ vectors.T)[np.triu_indices(24, 1)],
+                           np.log(joint / np.outer(p, p))[np.triu_indices(24, 1)])[0, 1]
+    assert eval_linear.part_similarity(None, 20) == pytest.approx(expected, abs=1e-6) and expected > 0.8
+
+
+def test_published_checkpoints_are_one_network(tmp_path, refused):
+    torch.manual_seed(0)
+    model = torchvision.models.resnet50()
+    state = model.state_dict()
+    inside = {f"module.backbone.{key}": value for key, value in state.items()}
+    wrapped = {"plain": state, "lightning": {"state_dict": inside},
+               "vicreg": {"epoch": 3, "model": inside | {"module.projector.0.weight": state["fc.weight"]}},
+               "moco": {"state_dict": {f"{prefix}.{key}": value * factor for key, value in state.items()
+                                       for prefix, factor in (("encoder", 1), ("momentum_encoder", 2))}}}
+    model.fc = torch.nn.Identity()
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).to(memory_format=torch.channels_last)
+    expected = model.eval().to(memory_format=torch.channels_last)(x)
+    for name, content in wrapped.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        backbone, stem_stride = eval_linear.load_published(tmp_path / f"{name}.pth", "resnet50")
+        assert stem_stride == 4 and torch.equal(backbone(x), expected), name
+    small = bagssl.make_backbone("resnet18", 1).state_dict()
+    torch.save({"state_dict": small}, tmp_path / "small.pth")
+    assert eval_linear.load_published(tmp_path / "small.pth", "resnet18")[1] == 1
+    with pytest.raises(bagssl.UserError, match="no resnet34 .* missing: layer1.2.bn1.bias"):
+        eval_linear.load_published(tmp_path / "small.pth", "resnet34")
+    torch.save(small | {"layer9.weight": small["conv1.weight"]}, tmp_path / "odd.pth")
+    with pytest.raises(bagssl.UserError, match="unexpected: layer9.weight"):
+        eval_linear.load_published(tmp_path / "odd.pth", "resnet18")
+    assert "give --data, --image-size, --patch-scale" in refused("--checkpoint", tmp_path / "small.pth", "--arch",
+                                                                 "resnet18", script=eval_linear)
+
+
+@pytest.mark.parametrize("show", ["parts", "locality"])
+def test_the_other_shows(tiny_run, tmp_path, show):
+    (tmp_path / "checkpoint.pt").write_bytes((tiny_run[0] / "run/checkpoint.pt").read_bytes())
+    finished = command("--checkpoint", tmp_path / "checkpoint.pt", "--show", show, script="eval_linear.py")
+    assert finished.returncode == 0, finished.stderr
+    results = json.loads((tmp_path / "eval.json").read_text())[show]["results"]
+    if show == "parts":
+        assert [row["features"] for row in results][-1] == "untrained, bag of 16" and len(results) == 6
+        assert all(-1 <= row["same image"] <= 1 for row in results) and "other class" in finished.stdout
+    else:
+        assert list(results) == ["patch, h", "patch, z", "bag of 16, h", "bag of 16, z"]
+        assert (tmp_path / "neighbours.png").exists() and "brightness" in finished.stdout
+
+
+def test_a_published_checkpoint_is_probed(tiny_run, tmp_path):
+    torch.save(bagssl.make_backbone("resnet18", 1).state_dict(), tmp_path / "resnet18.pth")
+    finished = command("--checkpoint", tmp_path / "resnet18.pth", "--arch", "resnet18", "--data", tiny_run[0] / "data",
+                       "--image-size", 40, "--patch-scale", 0.1, "--patch-size", 20, "--patches", 1, 4,
+                       script="eval_linear.py")
+    assert finished.returncode == 0 and "bag of 4" in finished.stdout, finished.stderr
+
+
 def test_the_demo_learns(tmp_path):
-    """The demo's bag beats the same network untrained, and one patch."""
-    finished = command("--preset", "demo", "--out", tmp_path, "--device", "cpu", OMP_NUM_THREADS="2", timeout=1500)
-    assert finished.returncode == 0, finished.stderr
-    finished = command("--checkpoint", tmp_path / "checkpoint.pt", "--patches", "1", "16", script="eval_linear.py",
-                       OMP_NUM_THREADS="2", timeout=1500)
-    assert finished.returncode == 0, finished.stderr
-    top1 = {row["features"]: row["top1"] for row in json.loads((tmp_path / "eval.json").read_text())["results"]}
+    """A third of the demo: its bag beats the same network untrained, and one patch."""
+    fewer = "import bagssl, eval_linear; bagssl.DEMO_COUNTS.update(pretrain=6000, test=1000); bagssl.run({}.main)"
+    for script, arguments in (("bagssl", ["--preset", "demo", "--out", tmp_path, "--device", "cpu"]),
+                              ("eval_linear", ["--checkpoint", tmp_path / "checkpoint.pt", "--patches", "1", "16"])):
+        finished = command("-c", fewer.format(script), *arguments, script="", timeout=1200, OMP_NUM_THREADS="2")
+        assert finished.returncode == 0, finished.stderr
+    top1 = {row["features"]: row["top1"] for row in json.loads((tmp_path / "eval.json").read_text())["probe"]["results"]}
     assert top1["bag of 16"] > top1["untrained, bag of 16"] + 15, finished.stdout
     assert top1["bag of 16"] > top1["one patch, the centre"] + 25, finished.stdout
 
@@ -663,6 +1061,31 @@ def test_bad_images(tmp_path, refused):
     finished = command(*TINY, "--data", folder, "--out", tmp_path / "run")  # and a flat folder of photos trains
     assert finished.returncode == 0 and "images: 12 of 40 x 40" in finished.stdout, finished.stderr
     assert "no labels to probe" in refused("--checkpoint", tmp_path / "run/checkpoint.pt", script=eval_linear)
+
+
+def test_images_that_vanish_or_are_bombs_are_named(tmp_path, monkeypatch):
+    for i in range(3):
+        write_image(tmp_path / f"photos/{i}.png", seed=i)
+    write_image(tmp_path / "photos/one.png", size=(1, 1))
+    with pytest.raises(bagssl.UserError, match="as small as 1 pixels"):
+        bagssl.load_images("any", tmp_path / "photos", "pretrain", 32, min_side=8)
+    write_image(tmp_path / "photos/vast.png", size=(300, 300))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    listing = bagssl.list_images(tmp_path / "photos")
+    monkeypatch.setattr(bagssl, "list_images", lambda _: [*listing, ("zzz.png", 1, 1)])
+    with pytest.raises(bagssl.UserError, match="2 of 6 images .* vast.png .*decompression bomb.*, zzz.png"):
+        bagssl.load_images("any", tmp_path / "photos", "pretrain", 32, cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_two_processes_decode_a_folder_at_once(tmp_path):
+    pixels = [write_image(tmp_path / f"photos/{i:03}.png", size=(32, 32), seed=i) for i in range(200)]
+    code = "import bagssl, sys; print(bagssl.load_images('any', sys.argv[1], 'pretrain', 32)[0].long().sum().item())"
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: command("-c", code, tmp_path / "photos", script=""), range(2)))
+    assert all(one.returncode == 0 for one in both), both
+    assert [int(one.stdout.split()[-1]) for one in both] == [sum(int(image.sum(dtype=np.int64)) for image in pixels)] * 2
+    assert len(list((tmp_path / "photos/.bagssl").iterdir())) == 1
 
 
 def test_batch_must_divide_among_processes():
