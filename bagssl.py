@@ -90,7 +90,7 @@ class Config:
 PRESETS = {
     # Ten classes need few dimensions of z; patches agree weakly there, so its covariance needs the weight.
     "demo": dict(image_size=80, patch_scale=(0.04,), stem_stride=2, num_patches=4, batch_size=64, epochs=1,
-                 projector=(512, 512, 32), cov_weight=10.0, lr=2e-3),
+                 projector=(512, 512, 32), cov_weight=10.0),
     # A stride in the stem quarters the work a patch, and small batches make more steps of a budget. The lower
     # weight on invariance keeps z's scale, and with it the covariance term, from shrinking early on.
     "cifar10-cpu": dict(dataset="cifar10", stem_stride=2, num_patches=4, batch_size=64, epochs=3,
@@ -664,7 +664,7 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
 # cannot tell which, and the mix of all parts can. Colours, contrast, angle, phase and noise tell nothing.
 
 DEMO_CELLS = 5
-DEMO_COUNTS = {"pretrain": 12_000, "train": 1_000, "test": 2_000}
+DEMO_COUNTS = {"pretrain": 20_000, "train": 1_000, "test": 2_000}
 
 
 def demo_world():
@@ -745,7 +745,11 @@ def pick_device(name, local_rank=0):
 def join(world, device):
     """Meet the other processes, if torchrun started any."""
     if world.size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # torchrun --max-restarts keeps its store: without a name of its own, a new start finds the old one's addresses.
+        store, *_ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=world.rank,
+                                world_size=world.size)
 
 
 def has_bf16(device):
@@ -888,8 +892,10 @@ def open_run(config):
     if not (out / "config.json").is_file():
         if out.is_file() or out.is_dir() and any(out.glob("[!.]*")):
             raise UserError(f"{out} exists and holds no run of bagssl.py; give another --out")
-        save_atomically(out / ".writable", b"")  # better known before the images are decoded
-        (out / ".writable").unlink()
+        try:
+            out.mkdir(parents=True, exist_ok=True)  # better known before the images are decoded
+        except OSError as error:
+            raise UserError(f"cannot write to {out} ({error.strerror}); give another --out") from error
         return None
     there = json.loads((out / "config.json").read_text())
     changed = [f"{name} was {there.get(name)}, is {settings[name]}"
@@ -1201,8 +1207,9 @@ def run(main):
     try:
         main()
     except (UserError, FloatingPointError) as error:
-        if World().local_rank == 0:  # said once a node
-            print(f"error: {error}", file=sys.stderr)
+        if World().local_rank > 0:  # most errors are everyone's: torchrun ends this process while the first one tells
+            time.sleep(5)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
