@@ -704,7 +704,7 @@ def test_processes_train_as_one(tiny_run, tmp_path):
     """1, 2 and 4 processes: 21 steps of 32 images, losses equal to 1e-5 and weights to 1e-4."""
     for i in range(96):
         write_image(tmp_path / f"data/{i}.png", seed=i)
-    arguments = [*TINY, "--data", tmp_path / "data", "--epochs", 7, "--batch-size", 32, "--num-patches", 4]
+    arguments = [*TINY, "--data", tmp_path / "data", "--epochs", 7, "--batch-size", 32, "--num-patches", 4, "--lr", 3e-4]
     for processes in (1, 2, 4):
         finished = command(*arguments, "--out", tmp_path / str(processes), launcher=torchrun(processes))
         assert finished.returncode == 0, finished.stderr
