@@ -15,9 +15,9 @@ Learning" (TMLR 2023, arXiv:2206.08954).
 4. Throw the projector away. An image is the bag of its patches: the mean of their embeddings h.
 
 What is learned is which patches occur together, p(x1, x2) / (p(x1) p(x2)); an image's class shows
-in the average of its parts, seldom in one of them. `eval_linear.py` measures how much: in the demo's
-world, after 2:46 minutes on 2 CPU cores (torch 2.15), a linear probe tells the class from one patch
-in 40 % of cases, and from a bag of 16 in 89 %.
+in the average of its parts, seldom in one of them. `eval_linear.py` measures how much: on CIFAR-10,
+after 19 minutes on 2 CPU cores (torch 2.15), a linear probe is right on 52 % of the test images from
+one patch, on 61 % from a bag of 16, and on 43 % from a bag of the untrained network.
 
     python bagssl.py --preset demo                       # a generated world; needs no data and no GPU
     python bagssl.py --preset cifar10-cpu                # CIFAR-10 on a CPU
@@ -97,7 +97,7 @@ PRESETS = {
                         projector=(1024, 1024, 1024), inv_weight=10.0),
     "cifar10": dict(dataset="cifar10"),
     "cifar100": dict(dataset="cifar100"),
-    # The paper's setting: 32 x 32 pixels of 224 x 224.
+    # The paper's setting: 32 x 32 pixels of 224 x 224. The GPU presets' rates have not been tried.
     "imagenet": dict(dataset="imagenet", arch="resnet50", image_size=224, patch_scale=(0.0204,),
                      projector=(8192, 8192, 8192), batch_size=2048, epochs=100),
 }
@@ -664,7 +664,7 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
 # cannot tell which, and the mix of all parts can. Colours, contrast, angle, phase and noise tell nothing.
 
 DEMO_CELLS = 5
-DEMO_COUNTS = {"pretrain": 20_000, "train": 1_000, "test": 2_000}
+DEMO_COUNTS = {"pretrain": 16_000, "train": 1_000, "test": 2_000}
 
 
 def demo_world():
