@@ -50,6 +50,7 @@ import torch.distributed as dist
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 # --------------------------------------------------------------------------------------------------
 # Config
@@ -85,6 +86,7 @@ class Config:
     device: str = ""  # default: cuda, else mps, else cpu
     compile: str = "auto"  # yes, no; auto: only with CUDA, since a CPU seldom earns back the compile time
     save_every: float = 5.0  # minutes between checkpoints
+    profile: bool = False  # only time the parts of a step: nothing is trained or written but decoded images
 
 
 PRESETS = {
@@ -498,7 +500,10 @@ def list_images(folder):
         for name in names:
             if name.lower().endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and not name.startswith("."):
                 path = os.path.join(place, name)
-                stat = os.stat(path)
+                try:
+                    stat = os.stat(path)
+                except OSError:
+                    stat = os.lstat(path)  # a link to nothing: decoding will name it
                 found.append((os.path.relpath(path, folder), stat.st_size, stat.st_mtime_ns))
     return sorted(found)
 
@@ -759,6 +764,17 @@ def has_bf16(device):
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def peak_memory(device):
+    """The most memory used so far, in GB: of the device, or of this process where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
 def generator_for(device, *key):
     """A generator seeded by integers such as (seed, stream, step): equal on every process and restart."""
     return torch.Generator(device).manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
@@ -881,7 +897,7 @@ def load_encoder(path):
 
 def settings_of(config):
     """What makes a run this run, as plain JSON values: the config without where and how fast it runs."""
-    aside = ("preset", "out", "cache", "device", "compile", "save_every")
+    aside = ("preset", "out", "cache", "device", "compile", "save_every", "profile")
     plain = json.loads(json.dumps(dataclasses.asdict(config)))
     return {name: value for name, value in plain.items() if name not in aside}
 
@@ -914,11 +930,19 @@ class Log:
         save_atomically(path, "".join(f"{line}\n" for line in kept).encode())
         self.file, self.config, self.steps, self.start = open(path, "a", buffering=1), config, steps, start
         self.progress, self.begun, self.shown, self.warned = Progress(), time.monotonic(), 0.0, False
+        self.warm = None
 
     def add(self, step, lr, figures, h):
         """figures: loss, inv, var, cov. The embeddings h are looked at every few seconds."""
         entry = dict(zip(("step", "loss", "inv", "var", "cov", "lr"), (step, *figures, lr)))
         now, last, done = time.monotonic(), step + 1 == self.steps, step + 1 - self.start
+        if done == 3:  # the steps before compile, and allocate memory
+            self.warm = now
+        elif done == 23:
+            each = (now - self.warm) / 20
+            self.progress(f"speed:  {self.config.batch_size * self.config.num_patches / each:,.0f} patches/s: "
+                          f"{clock(each * (self.steps - step - 1))} for the run; {peak_memory(h.device):.1f} GB of memory "
+                          f"a process", last=True)
         if last or now - self.shown > 5:
             self.shown, rate = now, done * self.config.batch_size * self.config.num_patches / (now - self.begun)
             rank = effective_rank(h)
@@ -1023,6 +1047,25 @@ def draw_input(images, config, step, mine, make_input=make_input):
                       config.patch_size or None, {name: value[mine] for name, value in params.items()})
 
 
+def loss_of(z, config, world):
+    """The loss, and its terms, of this process's projections (B V / processes, D) with those of all others."""
+    z = z.unflatten(0, (-1, config.num_patches))
+    return vicreg_loss(GatherRows.apply(z) if world.size > 1 else z, config.inv_weight, config.var_weight,
+                       config.cov_weight, share=(world.rank, world.size))
+
+
+def update(model, optimizer, x, config, world, bf16):
+    """One step on the input x (B V / processes, 3, s, s). Returns loss, terms, gradient's length, and h, detached."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        h, z = model(x)
+    loss, terms = loss_of(z, config, world)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # summed by the gather, averaged by DDP: exactly the gradient of the whole batch's loss
+    gradient = nn.utils.clip_grad_norm_(model.parameters(), config.clip)  # its length before that
+    optimizer.step()
+    return loss.detach(), terms, gradient.float(), h.detach()
+
+
 def print_plan(config, world, images, encoder, bf16, steps, start):
     """What the run will do, before it starts."""
     scale, processes = config.patch_scale, f"{world.size} process{'es' * (world.size > 1)}"
@@ -1043,10 +1086,86 @@ def print_plan(config, world, images, encoder, bf16, steps, start):
         print("        complete already: nothing to do; give another --out for a new run")
 
 
+def profile(config, world, images, mine, encoder, model, optimizer, prepare, bf16, steps, rounds=20):
+    """Print where a step's time goes: medians over `rounds` rounds, each of all parts in turn and two whole steps.
+
+    A part is timed alone, the device waited for after it; a whole step overlaps what it can. The learning rate is 0.
+    """
+    device = next(encoder.parameters()).device
+    backbone, projector = encoder.backbone, encoder.projector
+    if prepare is not make_input:
+        backbone, projector = torch.compile(backbone), torch.compile(projector)
+    source, loader = batches(images, config, mine, device, 0), ThreadPoolExecutor(1)
+    ahead, times = loader.submit(next, source), {}
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+
+    def timed(part, function, *inputs):
+        begun = time.perf_counter()
+        result = function(*inputs)
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+        times.setdefault(part, []).append(1e3 * (time.perf_counter() - begun))
+        return result
+
+    def descend():
+        nn.utils.clip_grad_norm_(encoder.parameters(), config.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def communicate():
+        for tensor in (torch.cat([p.flatten() for p in encoder.parameters()]), z.detach()):
+            dist.all_reduce(tensor)
+
+    def step_with_input(step):
+        nonlocal ahead
+        batch, ahead = ahead.result(), loader.submit(next, source)
+        update(model, optimizer, draw_input(batch, config, step, mine, prepare), config, world, bf16)
+
+    for step in range(rounds + 3):
+        if step == 3:
+            times.clear()  # compiled, and warm
+        batch = timed("load", lambda: loader.submit(next, source).result())
+        x = timed("crop + augment", draw_input, batch, config, step, mine, prepare)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            h = timed("backbone", backbone, x)
+            z = timed("projector", projector, h)
+        loss, _ = timed("loss", loss_of, z, config, world)
+        timed("backward", loss.backward)
+        timed("clip + optimiser", descend)
+        if world.size > 1:
+            timed("communication", communicate)
+        timed("step", step_with_input, step)
+        timed("step on a ready input", update, model, optimizer, x, config, world, bf16)
+    with FlopCounterMode(display=False) as counter:
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss_of(encoder(x)[1], config, world)[0].backward()
+    square = torch.randn(2, *2 * [8192 if device.type == "cuda" else 2048], device=device,
+                         dtype=torch.bfloat16 if bf16 else torch.float32)
+    for _ in range(10):
+        timed("product", torch.mm, *square)
+
+    if world.rank == 0:
+        parts = {name: float(np.median(took)) for name, took in times.items()}
+        best, step, ready = min(times["product"]), parts.pop("step"), parts.pop("step on a ready input")
+        parts.pop("product")
+        print(f"\n{'part of a step':22}      ms  share")
+        for name, took in parts.items():
+            print(f"{name:22}{took:8.1f}  {took / sum(parts.values()):5.1%}")
+        rate, ceiling = counter.get_total_flops() / step / 1e6, 2 * len(square[0]) ** 3 / best / 1e6
+        patches = config.batch_size * config.num_patches
+        print(f"{'sum of the parts':22}{sum(parts.values()):8.1f}\n{'step':22}{step:8.1f}  {1e3 * patches / step:,.0f} "
+              f"patches/s, {clock(steps * step / 1e3)} for the run of {steps:,} steps\n"
+              f"{'step on a ready input':22}{ready:8.1f}  input adds {step / ready - 1:.1%}\n\n"
+              f"{counter.get_total_flops() / 1e9:,.1f} GFLOP a step and process, {rate:,.0f} GFLOP/s: {rate / ceiling:.0%} of a "
+              f"matrix product's {ceiling:,.0f}\npeak memory {peak_memory(device):.1f} GB a process; "
+              f"{torch.get_num_threads()} threads; torch {torch.__version__}")
+
+
 def train(config, world):
     """Pretrain as `config` says; `config.out` gets checkpoint.pt, backbone.pt and log.jsonl."""
     device, leads, out = pick_device(config.device, world.local_rank), world.rank == 0, Path(config.out)
-    checkpoint = leader_first(lambda: open_run(config), leads, world)
+    checkpoint = None if config.profile else leader_first(lambda: open_run(config), leads, world)
     images, _ = leader_first(  # one process a node decodes or downloads
         lambda: load_images(config.dataset, config.data, "pretrain", config.image_size, config.cache, config.seed,
                             min_side=patch_side(config.image_size, config.image_size, config.patch_scale[0]),
@@ -1058,6 +1177,7 @@ def train(config, world):
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         images = images.to(device)
     steps, start = config.epochs * (len(images) // B), checkpoint["step"] if checkpoint else 0
+    mine = slice(world.rank * B // world.size, (world.rank + 1) * B // world.size)  # of each batch
 
     torch.manual_seed(config.seed)
     encoder = Encoder(config.arch, config.stem_stride, config.projector).to(device, memory_format=torch.channels_last)
@@ -1076,6 +1196,8 @@ def train(config, world):
         model, prepare = torch.compile(model), torch.compile(prepare)
     if leads:
         print_plan(config, world, images, encoder, bf16, steps, start)
+    if config.profile:
+        return profile(config, world, images, mine, encoder, model, optimizer, prepare, bf16, steps)
     if start == steps:
         return
     if leads:
@@ -1095,29 +1217,20 @@ def train(config, world):
         return signals > 0, due > 0
 
     begun = saved = time.monotonic()
-    mine = slice(world.rank * B // world.size, (world.rank + 1) * B // world.size)  # of each batch
     loader, source = ThreadPoolExecutor(1), batches(images, config, mine, device, start)
     ahead, before = loader.submit(next, source), None
     with signals_noted() as signals:
         for step in range(start, steps):
             batch, ahead = ahead.result(), loader.submit(next, source)  # loads beside the arithmetic
             x = draw_input(batch, config, step, mine, prepare)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                h, z = model(x)
-            z = z.unflatten(0, (-1, V))  # (B / processes, V, D)
-            loss, terms = vicreg_loss(GatherRows.apply(z) if world.size > 1 else z, config.inv_weight,
-                                      config.var_weight, config.cov_weight, share=(world.rank, world.size))
             for group in optimizer.param_groups:
                 group["lr"] = lr = learning_rate(step, steps, config)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # summed by the gather, averaged by DDP: exactly the gradient of the whole batch's loss
-            gradient = nn.utils.clip_grad_norm_(encoder.parameters(), config.clip)  # its length before that
-            optimizer.step()
+            loss, terms, gradient, h = update(model, optimizer, x, config, world, bf16)
 
             # All processes decide alike, from figures averaged over them, and one step late: by then the
             # device has its next step and need not wait for the host.
             due = leads and time.monotonic() - saved > 60 * config.save_every
-            figures = torch.stack([loss.detach(), *terms.values(), gradient.float(),
+            figures = torch.stack([loss, *terms.values(), gradient,
                                    *(torch.full_like(gradient, flag) for flag in (len(signals), due))])
             if world.size > 1:
                 dist.all_reduce(figures)
@@ -1159,6 +1272,9 @@ def parse_config(argv=None):
                     argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(Config):
         several = isinstance(field.default, tuple)
+        if isinstance(field.default, bool):
+            parser.add_argument(f"--{field.name}", action="store_true", help=comments[field.name])
+            continue
         parser.add_argument("--" + field.name.replace("_", "-"), nargs="+" if several else None,
                             metavar="X" if several else field.name.upper(),
                             help=comments[field.name].replace("%", "%%"),

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -1014,6 +1015,21 @@ def test_the_demo_learns(tmp_path):
     assert top1["bag of 16"] > top1["one patch, the centre"] + 25, finished.stdout
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_profile_times_the_parts_and_leaves_nothing(tiny_run, tmp_path, processes):
+    arguments = [*TINY, "--data", tiny_run[0] / "data", "--out", tmp_path / "run", "--profile"]
+    finished = command(*arguments, launcher=torchrun(processes) if processes > 1 else ())
+    assert finished.returncode == 0 and not (tmp_path / "run").exists(), finished.stderr
+    shown = {line[:22].strip(): line[22:].split() for line in finished.stdout.splitlines()}
+    parts = ["load", "crop + augment", "backbone", "projector", "loss", "backward", "clip + optimiser"]
+    parts += ["communication"] * (processes > 1)
+    total = float(shown["sum of the parts"][0])
+    assert sum(float(shown[part][0]) for part in parts) == pytest.approx(total, abs=0.5)
+    assert sum(float(shown[part][1][:-1]) for part in parts) == pytest.approx(100, abs=0.5)
+    milliseconds, rate = float(shown["step"][0]), float(shown["step"][1].replace(",", ""))
+    assert rate == pytest.approx(8 * 2 / milliseconds * 1e3, rel=0.02) and "step on a ready input" in shown
+
+
 # --------------------------------------------------------------------------------------------------
 # Bad input: one sentence, exit code 2, nothing overwritten
 
@@ -1059,9 +1075,10 @@ def test_bad_images(tmp_path, refused):
         write_image(folder / f"{i:02}.png", seed=i)
     for name in ("bad1.png", "bad2.jpg"):
         (folder / name).write_bytes(b"this is no picture")
+    (folder / "link.png").symlink_to("nothing.png")
     sentence = refused(*TINY, "--data", folder, "--out", tmp_path / "run")
-    assert "2 of 14 images" in sentence and "bad1.png, bad2.jpg" in sentence
-    for name in ("bad1.png", "bad2.jpg"):
+    assert "3 of 15 images" in sentence and "bad1.png, bad2.jpg, link.png" in sentence
+    for name in ("bad1.png", "bad2.jpg", "link.png"):
         (folder / name).unlink()
     write_image(folder / "small.png", size=(6, 50))
     assert "as small as 6 pixels" in refused(*TINY, "--data", folder, "--out", tmp_path / "run")
@@ -1129,6 +1146,14 @@ def test_help_names_every_field():
     shown = command("--help").stdout
     assert all("--" + name.replace("_", "-") in shown for name in bagssl.Config.__dataclass_fields__)
     assert "VICReg authors" in " ".join(shown.split())
+
+
+def test_readme_links_lead_to_the_code():
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)", (HERE / "README.md").read_text())
+    assert len(links) > 5
+    for name, file, line in links:
+        code = (HERE / file).read_text().splitlines()[int(line) - 1]
+        assert re.match(rf"(def|class) {name}\b", code), f"{name} is not at {file}:{line}, which says: {code}"
 
 
 def test_both_scripts_install_what_requirements_say():

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: MIT
+"""Plot what eval_linear.py saved in runs' folders, beside this file; needs matplotlib.
+
+    python .github/plots.py runs/cifar10-fixed runs/cifar10-multi runs/imagenette-fixed runs/imagenette-multi
+
+accuracy.png: linear probe against the number of patches in the bag. cosine.png: cosine between the whole image's
+embedding and the bag's. A panel for each data set, a colour for each run.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+
+
+def patches_in(name):
+    """The size of the bag that a row of eval.json is about: "bag of 16" -> 16."""
+    return 1 if "one patch" in name else int(name.rpartition(" ")[2])
+
+
+def plot_accuracy(axis, training, rows, colour):
+    top1 = {row["features"]: row["top1"] for row in rows}
+    bags = {patches_in(name): name for name in top1 if name.startswith(("one patch", "bag"))}
+    axis.plot(bags.keys(), [top1[name] for name in bags.values()], "o-", color=colour, label=f"{training}: bag")
+    axis.axhline(top1["whole image, one pass"], color=colour, ls="--", label=f"{training}: whole image")
+    for name in top1:
+        if name.startswith("untrained"):
+            axis.plot(patches_in(name), top1[name], "x", color=colour, label=f"{training}, untrained: bag")
+
+
+def plot_cosine(axis, training, rows, colour):
+    for prefix, style in (("", "o-"), ("untrained, ", "x:")):
+        chosen = {patches_in(row["features"]): row for row in rows
+                  if row["features"].removeprefix(prefix).startswith(("one patch", "bag"))}
+        for of, alpha in (("same image", 1.0), ("same class", 0.6), ("other class", 0.3)):
+            axis.plot(chosen.keys(), [row[of] for row in chosen.values()], style, color=colour, alpha=alpha,
+                      label=f"{training}, {prefix}{of}")
+
+
+def draw(name, show, plot, label, runs):
+    """One picture: a panel for each data set that has runs with `show` in their eval.json."""
+    panels = {}
+    for run in runs:
+        found, config = json.loads((run / "eval.json").read_text()), json.loads((run / "config.json").read_text())
+        if show in found:
+            training = "multi-scale" if len(config["patch_scale"]) == 2 else "fixed scale"
+            panels.setdefault(Path(config["data"]).name or config["dataset"], []).append((training, found[show]["results"]))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    for axis, (dataset, lines) in zip(axes[0], panels.items()):
+        for (training, rows), colour in zip(lines, ("tab:blue", "tab:orange", "tab:green")):
+            plot(axis, training, rows, colour)
+        axis.set(title=dataset, xlabel="patches in the bag", ylabel=label, xscale="log", xticks=[1, 4, 16, 64],
+                 xticklabels=["1", "4", "16", "64"])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(HERE / f"{name}.png", dpi=110)
+
+
+runs = [Path(folder) for folder in sys.argv[1:]]
+draw("accuracy", "probe", plot_accuracy, "linear probe, % of test images right", runs)
+draw("cosine", "parts", plot_cosine, "cosine to the whole image's embedding", runs)
