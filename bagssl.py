@@ -323,18 +323,23 @@ def normalize(images):
 
 
 class Conv2d(nn.Conv2d):
-    """nn.Conv2d, 3 x 3 and padded by 1, that is a matrix product where its output is one pixel.
+    """nn.Conv2d, 3 x 3 and padded by 1, that is one matrix product where the map is 1 x 1 or 2 x 2.
 
-    A ResNet's last maps are single pixels when patches are small. Eight of the nine taps then meet
-    nothing but padding; without this, training on a CPU takes twice as long.
+    A ResNet's last maps are that small when patches are, and most of the nine taps then meet only
+    padding. On a CPU these layers take a third of the time, or less, and training less than half.
     """
 
     def forward(self, x):
         height, width = x.shape[-2:]
-        if max(height, width) > self.stride[0]:
+        if max(height, width) > 2:
             return super().forward(x)
-        taps = self.weight[:, :, 1:1 + height, 1:1 + width]
-        return (x.flatten(1) @ taps.flatten(1).T)[..., None, None]
+        # Every pixel of the map is under the kernel, wherever that stands: to an output pixel belongs a block
+        # of rows of the matrix, made of the taps that meet the map.
+        taps, stride = self.weight.permute(0, 2, 3, 1), self.stride[0]  # (out, 3, 3, in)
+        ys, xs = (range(1, 1 - extent, -stride) for extent in (height, width))  # the tap at the map's first pixel
+        blocks = [taps[:, top:top + height, left:left + width] for top in ys for left in xs]
+        out = x.permute(0, 2, 3, 1).flatten(1) @ torch.stack(blocks).flatten(2).flatten(0, 1).T
+        return out.unflatten(1, (len(ys), len(xs), -1)).permute(0, 3, 1, 2)
 
 
 def make_backbone(arch="resnet18", stem_stride=4):

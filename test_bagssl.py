@@ -219,12 +219,12 @@ def test_convolution_of_small_maps_is_the_convolution(stride, shape):
     torch.manual_seed(0)
     ours, reference = bagssl.Conv2d(5, 7, 3, stride, 1, bias=False), torch.nn.Conv2d(5, 7, 3, stride, 1, bias=False)
     reference.load_state_dict(ours.state_dict())
-    x = torch.randn(4, 5, *shape).to(memory_format=torch.channels_last)
+    x = torch.randn(4, 5, *shape).to(memory_format=torch.channels_last).requires_grad_()
     found, expected = ours(x), reference(x)
     torch.testing.assert_close(found, expected)
     weights = torch.randn_like(expected)
-    torch.testing.assert_close(torch.autograd.grad(found, ours.weight, weights),
-                               torch.autograd.grad(expected, reference.weight, weights))
+    torch.testing.assert_close(torch.autograd.grad(found, [ours.weight, x], weights),
+                               torch.autograd.grad(expected, [reference.weight, x], weights))
 
 
 def test_normalize_takes_bytes_and_floats():
