@@ -72,26 +72,30 @@ def embed(embedders, images, device, world, name, block=256):
 # Probes
 
 
-def fit_linear(features, labels, classes, decay, start=None, iterations=100):
-    """Softmax regression by L-BFGS: minimise cross entropy + decay / 2 ||W||^2; returns (D + 1, classes).
+def fit_linear(features, labels, classes, decays, iterations=100, block=8192):
+    """Softmax regression by L-BFGS: minimise cross entropy + decay / 2 ||W||^2, for several decays at once.
 
-    features: (N, D), standardised; on their principal axes far fewer iterations are needed (see
-    `linear_probe`). labels: int64 (N,). The last row is the bias, not regularised.
+    features: (N, D), standardised; on their principal axes few iterations are needed (see `linear_probe`).
+    labels: int64 (N,). Returns (R, D + 1, classes) for R decays; the last row is the bias, not decayed.
     """
+    decays = torch.tensor(decays, device=features.device)[:, None, None]
     # The Hessian at zero is, along a dimension, its mean square / classes + decay: scaled to 1, all converge alike.
-    scale = (features.square().mean(0) / classes + decay).rsqrt()
-    scale = torch.cat([scale, scale.new_tensor([classes ** 0.5])])[:, None]
-    scaled = torch.zeros(len(scale), classes, device=features.device) if start is None else start / scale
-    scaled.requires_grad_()
+    scale = (features.square().mean(0)[:, None] / classes + decays).rsqrt()  # (R, D, 1)
+    scale = F.pad(scale, (0, 0, 0, 1), value=classes ** 0.5)  # and the bias's
+    scaled = torch.zeros(*scale.shape[:2], classes, device=features.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([scaled], max_iter=iterations, tolerance_change=1e-7, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        weight = scaled * scale
-        loss = F.cross_entropy(torch.addmm(weight[-1], features, weight[:-1]), labels)
-        loss = loss + decay / 2 * weight[:-1].square().sum()
+        loss = (decays / 2 * (scaled * scale)[:, :-1].square()).sum()
         loss.backward()
-        return loss
+        for x, y in zip(features.split(block), labels.split(block)):  # bounded memory; one reading for all decays
+            weight = (scaled * scale).transpose(0, 1)  # (D + 1, R, classes)
+            scores = torch.addmm(weight[-1].flatten(), x, weight[:-1].flatten(1)).view(-1, classes)  # (n R, classes)
+            part = F.cross_entropy(scores, y.repeat_interleave(len(decays)), reduction="sum") / len(features)
+            part.backward()
+            loss = loss + part
+        return loss.detach()
 
     optimizer.step(closure)
     return (scaled * scale).detach()
@@ -120,14 +124,10 @@ def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3
     train, test = train @ axes, test @ axes  # a rotation: the penalty, and so the optimum, is the same
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(train.device)
     held, kept = order[:len(order) // 10], order[len(order) // 10:]
-    weight, accuracy = None, {}
-    for decay in decays:  # from strong to weak, each fit starting at the one before
-        weight = fit_linear(train[kept], train_labels[kept], classes, decay, weight)
-        accuracy[decay] = top_k(train[held] @ weight[:-1] + weight[-1], train_labels[held], 1)
-        if accuracy[decay] < max(accuracy.values()) - 1:
-            break  # past the peak: weaker ones overfit more
-    best = max(accuracy, key=accuracy.get)
-    weight = fit_linear(train, train_labels, classes, best)
+    weights = fit_linear(train[kept], train_labels[kept], classes, decays)
+    accuracy = [top_k(train[held] @ weight[:-1] + weight[-1], train_labels[held], 1) for weight in weights]
+    best = decays[max(range(len(decays)), key=accuracy.__getitem__)]  # of equals the strongest
+    weight, = fit_linear(train, train_labels, classes, [best])
     scores = test @ weight[:-1] + weight[-1]
     result = {"top1": top_k(scores, test_labels, 1), "decay": best}
     return result | ({"top5": top_k(scores, test_labels, 5)} if classes > 10 else {})
