@@ -207,11 +207,13 @@ def ridge_r2(train, train_targets, test, test_targets, strengths=(1e-3, 1e-2, 1e
 def locality(encoder, images, labels, scale, size, seed=0):
     """What h and z know of one patch, and of a bag of 16 that were all changed alike: {name: {factor: value}}.
 
-    images: uint8 (N, 3, S, S), half to fit and half to test. Position, brightness, hue and saturation
-    as R^2 of a ridge regression; the class as top-1 of a linear probe, over 100.
+    images: uint8 (N, 3, S, S); half of them, at random, to fit, and half to test. Position, brightness, hue
+    and saturation as R^2 of a ridge regression; the class as top-1 of a linear probe, over 100.
     """
     generator = torch.Generator().manual_seed(seed)
     count, extent = len(images), images.shape[-1]
+    order = torch.randperm(count, generator=generator)  # folders come class by class
+    images, labels = images[order], labels[order]
     neutral = {"flip": torch.zeros(count, 1, dtype=torch.bool), "gray": torch.zeros(count, 1, dtype=torch.bool),
                "solarize": torch.zeros(count, 1, dtype=torch.bool), "contrast": torch.ones(count, 1)}
     drawn = bagssl.draw_augment((count, 1), generator, jitter_prob=1.0)
@@ -235,14 +237,16 @@ def locality(encoder, images, labels, scale, size, seed=0):
     return results
 
 
-def draw_neighbours(path, encoder, images, scale, size, queries=10, count=8, seed=0, zoom=3):
+def draw_neighbours(path, encoder, images, scale, size, queries=10, count=8, most=3000, seed=0):
     """Write a picture: rows of a patch, framed, and its nearest neighbours by cosine, in h, then in z.
 
-    images: uint8 (N, 3, S, S). Neighbours are sought over a 4 x 4 grid of patches of each other image,
-    and shown one an image.
+    images: uint8 (N, 3, S, S), of which `most` are taken at random. Neighbours are sought over a 4 x 4 grid of
+    patches of each other image, and shown one an image.
     """
+    generator = torch.Generator().manual_seed(seed)
+    images = images[torch.randperm(len(images), generator=generator)[:most]]
     patches = bagssl.grid_patches(images, 4, scale, size).flatten(0, 1)  # (16 N, 3, s, s)
-    chosen = torch.randperm(len(patches), generator=torch.Generator().manual_seed(seed))[:queries].tolist()
+    chosen = torch.randperm(len(patches), generator=generator)[:queries].tolist()
     rows = [[] for _ in chosen]
 
     def framed(patch, colour):
@@ -258,7 +262,8 @@ def draw_neighbours(path, encoder, images, scale, size, queries=10, count=8, see
             row += [framed(found, (255, 255, 255)) for found in patches[16 * nearest + patch[nearest]]]
     grid = torchvision.utils.make_grid(torch.cat([torch.stack(row) for row in rows]), nrow=2 * (count + 1), padding=1,
                                        pad_value=255)
-    torchvision.io.write_png(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2), str(path))
+    zoom = max(1, 64 // patches.shape[-1])
+    torchvision.utils.save_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2) / 255, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -423,7 +428,7 @@ def show_locality(encoder, images, labels, scale, size, picture, world):
     print("\n" + " " * 14 + "".join(f"{factor:>12}" for factor in factors))
     for name, values in results.items():
         print(f"{name:14}" + "".join(f"{values[factor]:12.3f}" if factor in values else " " * 12 for factor in factors))
-    draw_neighbours(picture, encoder, images[:3000], scale, size)
+    draw_neighbours(picture, encoder, images, scale, size)
     print(f"\nR^2 of a ridge regression on held-out images; class: top-1 of a linear probe, over 100\n"
           f"nearest neighbours drawn in {picture}")
     return results

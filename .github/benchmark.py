@@ -174,5 +174,5 @@ if __name__ == "__main__":
     input_rates(noise)
     losses()
     bag(noise)
-    steps(noise[:256])
+    steps(noise[:128])
     probe()
