@@ -1158,6 +1158,14 @@ def test_readme_links_lead_to_the_code():
         assert re.match(rf"(def|class) {name}\b", code), f"{name} is not at {file}:{line}, which says: {code}"
 
 
+def test_readme_commands_use_flags_that_exist():
+    for script in ("bagssl.py", "eval_linear.py"):
+        known = re.findall(r"--[\w-]+", command("--help", script=script).stdout)
+        used = re.findall(rf"{script}((?: [^\s`&|;]+)*)", (HERE / "README.md").read_text())
+        used = {flag for arguments in used for flag in re.findall(r" (--[\w-]+)", arguments)}
+        assert len(used) > 3 and used <= set(known), used - set(known)
+
+
 def test_both_scripts_install_what_requirements_say():
     needed = [line for line in (HERE / "requirements.txt").read_text().split() if not line.startswith("pytest")]
     for script in ("bagssl.py", "eval_linear.py"):
