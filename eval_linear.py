@@ -436,9 +436,9 @@ def show_locality(encoder, images, labels, scale, size, picture, world):
 
 def make_rows(trained, untrained, sides, scale, size, whole_size, parts):
     """The embedders to compare: {name: module, (B, 3, H, W) -> (B, D)}; the untrained network is the control."""
-    rows = {}
+    rows, control = {}, min(sides, key=lambda side: abs(side - 4))  # one control is enough: the bag nearest 16
     for prefix, network in (("", trained), ("untrained, ", untrained)):
-        for side in sides if parts or network is trained else sides[-1:]:
+        for side in sides if parts or network is trained else [control]:
             name = f"bag of {side * side}" if side > 1 else "one patch, the centre"
             rows[prefix + name] = BagOfPatches(network.backbone, side, scale, size)
         if parts or network is trained:
