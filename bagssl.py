@@ -946,8 +946,8 @@ class Log:
         elif done == 23:
             each = (now - self.warm) / 20
             self.progress(f"speed:  {self.config.batch_size * self.config.num_patches / each:,.0f} patches/s: "
-                          f"{clock(each * (self.steps - step - 1))} for the run; {peak_memory(h.device):.1f} GB of memory "
-                          f"a process", last=True)
+                          f"{clock(each * (self.steps - self.start))} for the run; "
+                          f"{peak_memory(h.device):.1f} GB of memory a process", last=True)
         if last or now - self.shown > 5:
             self.shown, rate = now, done * self.config.batch_size * self.config.num_patches / (now - self.begun)
             rank = effective_rank(h)
@@ -1094,7 +1094,8 @@ def print_plan(config, world, images, encoder, bf16, steps, start):
 def profile(config, world, images, mine, encoder, model, optimizer, prepare, bf16, steps, rounds=20):
     """Print where a step's time goes: medians over `rounds` rounds, each of all parts in turn and two whole steps.
 
-    A part is timed alone, the device waited for after it; a whole step overlaps what it can. The learning rate is 0.
+    A part is timed alone, the device waited for after it; a whole step overlaps what it can. Of several
+    processes the gather is part of the loss, and the sum of the gradients is timed apart. The learning rate is 0.
     """
     device = next(encoder.parameters()).device
     backbone, projector = encoder.backbone, encoder.projector
@@ -1157,13 +1158,13 @@ def profile(config, world, images, mine, encoder, model, optimizer, prepare, bf1
         print(f"\n{'part of a step':22}      ms  share")
         for name, took in parts.items():
             print(f"{name:22}{took:8.1f}  {took / sum(parts.values()):5.1%}")
-        rate, ceiling = counter.get_total_flops() / step / 1e6, 2 * len(square[0]) ** 3 / best / 1e6
-        patches = config.batch_size * config.num_patches
+        flops, patches = counter.get_total_flops(), config.batch_size * config.num_patches
+        rate, ceiling = flops / step / 1e6, 2 * len(square[0]) ** 3 / best / 1e6
         print(f"{'sum of the parts':22}{sum(parts.values()):8.1f}\n{'step':22}{step:8.1f}  {1e3 * patches / step:,.0f} "
               f"patches/s, {clock(steps * step / 1e3)} for the run of {steps:,} steps\n"
               f"{'step on a ready input':22}{ready:8.1f}  input adds {step / ready - 1:.1%}\n\n"
-              f"{counter.get_total_flops() / 1e9:,.1f} GFLOP a step and process, {rate:,.0f} GFLOP/s: {rate / ceiling:.0%} of a "
-              f"matrix product's {ceiling:,.0f}\npeak memory {peak_memory(device):.1f} GB a process; "
+              f"{flops / 1e9:,.1f} GFLOP a step and process, {rate:,.0f} GFLOP/s: {rate / ceiling:.0%} of a matrix "
+              f"product's {ceiling:,.0f}\npeak memory {peak_memory(device):.1f} GB a process; "
               f"{torch.get_num_threads()} threads; torch {torch.__version__}")
 
 
