@@ -108,6 +108,8 @@ def input_rates(images):
 
 
 def losses():
+    z = torch.randn(64, 2, 100, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(our_loss(z), square_loss(z))  # one loss, in two ways
     for B, D in ((256, 8192), (64, 1024), (256, 2048), (1024, 1024), (2048, 512), (4096, 64)):
         ours, square = medians(5, ours=lambda: loss_and_gradient(our_loss, B, D),
                                square=lambda: loss_and_gradient(square_loss, B, D))
