@@ -395,6 +395,19 @@ class Encoder(nn.Module):
 # Frobenius norm into its diagonal (variance) and the rest (covariance).
 
 
+class Gram(torch.autograd.Function):
+    """Z^T Z of (V, B, D): (V, D, D). The result is symmetric, so one product is enough for the gradient, not two."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return z.mT @ z
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.saved_tensors[0] @ (gradient + gradient.mT)
+
+
 def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, share=(0, 1)):
     """VICReg for V patches an image: the mean, over all pairs of patches, of the two-view loss.
 
@@ -406,27 +419,32 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, s
     Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. float32 inside
     autocast too; float64 stays float64. Raises ValueError on a z of another shape.
 
-    share: (r, n) computes only the r-th n-th of the products that the covariances need, n times. The
-    mean of the n results is the loss, and that of their gradients its gradient: n processes that all
-    hold z divide the work. For B = 2048, V = 4, D = 8192 it is 0.8 TFLOP, and 0.1 on each of 8.
+    share: (r, n) computes, where B < D, only the r-th n-th of the products that the covariances need, n
+    times. The mean of the n results is the loss, and that of their gradients its gradient: n processes
+    that all hold z divide the work. For B = 2048, V = 4, D = 8192 it is 0.8 TFLOP, and 0.1 on each of 8.
     """
     if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"vicreg_loss takes z (B, V, D) with B >= 2 and V >= 2, not {tuple(z.shape)}")
     B, V, D = z.shape
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
-        # Over pairs, the mean of |zi - zj|^2 is 2 / (V - 1) times the sum of |zv - mean z|^2.
-        inv = 2 / (V - 1) * (z - z.mean(1, keepdim=True)).square().sum() / (B * D)
+        # Over pairs, the mean of |zi - zj|^2 is 2 V / (V - 1) times that of |zv - mean z|^2. Deviations sum to
+        # zero, and with them the gradient through their mean, here and below: it is left out.
+        inv = 2 * V / (V - 1) * nn.functional.mse_loss(z, z.mean(1, keepdim=True).detach().expand_as(z))
         # Each patch is in equally many pairs: the mean over pairs of hinges and covariances is that over patches.
-        z = (z - z.mean(0)).transpose(0, 1)  # (V, B, D), each dimension centred over the batch
-        variance = z.square().sum(1) / (B - 1)  # (V, D)
+        z = (z - z.mean(0).detach()).transpose(0, 1)  # (V, B, D), each dimension centred over the batch
+        if B < D:
+            # ||Z^T Z||_F = ||Z Z^T||_F: the smaller product, and its diagonal off by the variances.
+            variance = z.square().sum(1) / (B - 1)  # (V, D)
+            rank, size = share
+            rows = slice(rank * B // size, (rank + 1) * B // size)
+            frobenius = size * (z[:, rows] @ z.mT).square().sum()  # of (V, B / size, B)
+        else:
+            product = Gram.apply(z)
+            variance = product.diagonal(dim1=1, dim2=2) / (B - 1)
+            frobenius = product.square().sum()
         var = (1 - (variance + eps).sqrt()).relu().mean()
-        # ||Z^T Z||_F = ||Z Z^T||_F: take the smaller product, and its diagonal off by the variances.
-        z = z if B < D else z.mT
-        rank, size = share
-        rows = slice(rank * z.shape[1] // size, (rank + 1) * z.shape[1] // size)
-        product = z[:, rows] @ z.mT  # (V, B / size, B) or (V, D / size, D)
-        cov = 2 * (size * product.square().sum() / (B - 1) ** 2 - variance.square().sum()) / (V * D)
+        cov = 2 * (frobenius / (B - 1) ** 2 - variance.square().sum()) / (V * D)
         loss = inv_weight * inv + var_weight * var + cov_weight * cov
     return loss, {"inv": inv.detach(), "var": var.detach(), "cov": cov.detach()}
 
@@ -1154,6 +1172,7 @@ def profile(config, world, images, mine, encoder, model, optimizer, prepare, bf1
     if world.rank == 0:
         parts = {name: float(np.median(took)) for name, took in times.items()}
         best, step, ready = min(times["product"]), parts.pop("step"), parts.pop("step on a ready input")
+        added = float(np.median(np.divide(times["step"], times["step on a ready input"]))) - 1  # of pairs: drift cancels
         parts.pop("product")
         print(f"\n{'part of a step':22}      ms  share")
         for name, took in parts.items():
@@ -1162,7 +1181,7 @@ def profile(config, world, images, mine, encoder, model, optimizer, prepare, bf1
         rate, ceiling = flops / step / 1e6, 2 * len(square[0]) ** 3 / best / 1e6
         print(f"{'sum of the parts':22}{sum(parts.values()):8.1f}\n{'step':22}{step:8.1f}  {1e3 * patches / step:,.0f} "
               f"patches/s, {clock(steps * step / 1e3)} for the run of {steps:,} steps\n"
-              f"{'step on a ready input':22}{ready:8.1f}  input adds {step / ready - 1:.1%}\n\n"
+              f"{'step on a ready input':22}{ready:8.1f}  input adds {added:.1%}\n\n"
               f"{flops / 1e9:,.1f} GFLOP a step and process, {rate:,.0f} GFLOP/s: {rate / ceiling:.0%} of a matrix "
               f"product's {ceiling:,.0f}\npeak memory {peak_memory(device):.1f} GB a process; "
               f"{torch.get_num_threads()} threads; torch {torch.__version__}")

