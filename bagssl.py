@@ -429,7 +429,7 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, s
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
         # Over pairs, the mean of |zi - zj|^2 is 2 V / (V - 1) times that of |zv - mean z|^2. Deviations sum to
-        # zero, and with them the gradient through their mean, here and below: it is left out.
+        # zero, and with them the gradient through their mean, here and below: it is left out (a Hessian would need it).
         inv = 2 * V / (V - 1) * nn.functional.mse_loss(z, z.mean(1, keepdim=True).detach().expand_as(z))
         # Each patch is in equally many pairs: the mean over pairs of hinges and covariances is that over patches.
         z = (z - z.mean(0).detach()).transpose(0, 1)  # (V, B, D), each dimension centred over the batch
