@@ -227,6 +227,23 @@ def test_convolution_of_small_maps_is_the_convolution(stride, shape):
                                torch.autograd.grad(expected, [reference.weight, x], weights))
 
 
+@pytest.mark.parametrize("scale, size", [((0.25,), 0), ((0.08, 1.0), 8)])
+def test_input_and_encoder_are_one_graph_each(scale, size):
+    config = bagssl.Config(batch_size=4, num_patches=2, patch_scale=scale, patch_size=size)
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    encoder = bagssl.Encoder("resnet18", 2, (8, 8, 8)).double()
+
+    def results(compiled):
+        torch.manual_seed(0)
+        x = bagssl.draw_input(images, config, 0, slice(0, 4), compiled(bagssl.make_input))
+        h, z = compiled(encoder)(x.double())
+        return x, h, z, *torch.autograd.grad(z.square().sum(), list(encoder.parameters()))
+
+    # fullgraph: an error where Python would have to step in. The backend runs the graphs without a C++ compiler.
+    graphs = results(lambda function: torch.compile(function, backend="aot_eager", fullgraph=True))
+    torch.testing.assert_close(graphs, results(lambda function: function))
+
+
 def test_normalize_takes_bytes_and_floats():
     images = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
     expected = TF.normalize(images / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
@@ -675,6 +692,23 @@ def test_bad_numbers_stop_a_run_and_leave_its_checkpoint(tiny_run, tmp_path, wha
     assert ended.value.code == 1 and words in told and "--lr" in told and told.count("\n") == 1
     saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     assert saved["step"] <= 3 and all(value.isfinite().all() for value in saved["encoder"].values())
+
+
+def test_a_compiled_run_is_the_same_run(tiny_run, tmp_path, monkeypatch):
+    folder, _ = tiny_run
+    torch_compile, compiled = torch.compile, []
+
+    def without_a_compiler(part):
+        compiled.append(part)
+        return torch_compile(part, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", without_a_compiler)
+    monkeypatch.setattr(sys, "argv", ["bagssl.py", *map(str, [*TINY, "--data", folder / "data", "--epochs", 2, "--out",
+                                                              tmp_path / "run", "--compile", "yes"])])
+    bagssl.main()
+    assert [type(part).__name__ for part in compiled] == ["function", "Encoder"]
+    assert losses(tmp_path / "run") == pytest.approx(losses(folder / "run"), rel=1e-5)
+    assert bagssl.load_encoder(tmp_path / "run/checkpoint.pt")[1].epochs == 2
 
 
 def test_collapse_is_warned_of_once(tmp_path, capsys):
