@@ -829,6 +829,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         axes, shape = [axis for axis in range(x.ndim) if axis != 1], [-1] + [1] * (x.ndim - 2)
+        dtype, x = x.dtype, x.float() if x.dtype == torch.bfloat16 else x  # of autocast: too few digits for statistics
         mean = GatherRows.apply(x.mean(axes)[None]).mean(0)
         var = GatherRows.apply((x - mean.view(shape)).square().mean(axes)[None]).mean(0)
         count = dist.get_world_size() * x.numel() // x.shape[1]
@@ -837,7 +838,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()
-        return x * scale.view(shape) + (self.bias - mean * scale).view(shape)
+        return (x * scale.view(shape) + (self.bias - mean * scale).view(shape)).to(dtype)
 
 
 def sync_batch_norm(encoder, device):

@@ -743,13 +743,25 @@ def test_a_full_disk_is_told_and_what_was_saved_stays(tiny_run, tmp_path, monkey
     assert "cannot write" in refused(*arguments, "--out", tmp_path / "file/run")
 
 
-def test_processes_train_as_one(tiny_run, tmp_path):
+# The command line in float32 on any CPU: in bfloat16 rounding hides whether processes agree.
+FLOAT32 = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import bagssl
+bagssl.has_bf16 = lambda device: False
+bagssl.run(bagssl.main)
+"""
+
+
+def test_processes_train_as_one(tmp_path):
     """1, 2 and 4 processes: 21 steps of 32 images, losses equal to 1e-5 and weights to 1e-4."""
+    (tmp_path / "float32.py").write_text(FLOAT32)
     for i in range(96):
         write_image(tmp_path / f"data/{i}.png", seed=i)
     arguments = [*TINY, "--data", tmp_path / "data", "--epochs", 7, "--batch-size", 32, "--num-patches", 4, "--lr", 3e-4]
     for processes in (1, 2, 4):
-        finished = command(*arguments, "--out", tmp_path / str(processes), launcher=torchrun(processes))
+        finished = command(HERE, *arguments, "--out", tmp_path / str(processes), launcher=torchrun(processes),
+                           script=tmp_path / "float32.py")
         assert finished.returncode == 0, finished.stderr
     one = torch.load(tmp_path / "1/checkpoint.pt", weights_only=True)["encoder"]
     for processes in (2, 4):
@@ -836,8 +848,10 @@ loss, _ = bagssl.vicreg_loss(bagssl.GatherRows.apply(z), share=(rank, 2))
 loss.backward()
 loss = loss.detach()
 dist.all_reduce(loss)
-torch.save({"loss": loss / 2, "grads": [p.grad for p in model.parameters()], "state": model.state_dict()},
-           f"{sys.argv[2]}/{rank}.pt")
+norm = bagssl.SyncBatchNorm(5)
+half = norm(x.bfloat16().chunk(2)[rank].flatten(0, 1))  # as under autocast, on a CPU that has bfloat16
+torch.save({"loss": loss / 2, "grads": [p.grad for p in model.parameters()], "state": model.state_dict(),
+            "half": half.detach(), "half state": norm.state_dict()}, f"{sys.argv[2]}/{rank}.pt")
 dist.destroy_process_group()
 """
 
@@ -852,8 +866,12 @@ def test_two_processes_have_the_gradients_of_one(tmp_path):
     model = model.double()
     loss = pairwise_vicreg(model(x.flatten(0, 1)).unflatten(0, (8, 3)), 25.0, 25.0, 1.0)
     loss.backward()
+    norm = torch.nn.BatchNorm1d(5)
+    normed = norm(x.bfloat16().float().flatten(0, 1)).detach()
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(found["half"], normed.chunk(2)[rank].bfloat16(), rtol=0.01, atol=0.01)
+        torch.testing.assert_close(found["half state"], norm.state_dict(), rtol=1e-5, atol=1e-6)  # kept in float32
         torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-10, atol=1e-10)
         for gradient, parameter in zip(found["grads"], model.parameters()):
             torch.testing.assert_close(gradient, parameter.grad, rtol=1e-8, atol=1e-10)
@@ -917,7 +935,8 @@ def test_probe_prints_a_table_and_writes_it(tiny_run, tmp_path, launcher):
         assert 0 <= row["top1"] <= 100 and f"{row['features']:24}  {row['top1']:12.2f}" in finished.stdout
 
 
-def test_processes_embed_their_shares(tiny_run):
+def test_processes_embed_their_shares(tiny_run, monkeypatch):
+    monkeypatch.setattr(bagssl, "has_bf16", lambda device: False)  # blocks of other sizes round otherwise
     encoder, _ = bagssl.load_encoder(tiny_run[0] / "run/checkpoint.pt")
     images = torch.randint(0, 256, (11, 3, 40, 40), dtype=torch.uint8)
     bag = bagssl.BagOfPatches(encoder.backbone, 2, 0.04)
