@@ -55,7 +55,7 @@ def embed(embedders, images, device, world, name, block=256):
     features, progress, begun = [[] for _ in embedders], Progress(quiet=world.rank != 0), time.monotonic()
     for first in range(0, share, block):
         batch = images[mine[first:first + block]].to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bagssl.has_bf16(device)):
+        with bagssl.autocast(device):
             for embedder, found in zip(embedders, features):
                 found.append(embedder(batch).float())
         done = min(first + block, share)
@@ -481,18 +481,18 @@ def main():
         results = (show_probe if show == "probe" else show_parts)(rows, sets, labels, device, world)
     if world.rank != 0:
         return
-    path = folder / "eval.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known[show] = {"checkpoint": str(arguments.checkpoint), "torch": torch.__version__, "patch_scale": scale,
-                   "train_images": len(sets["train"]), "test_images": len(sets["test"]), "results": results}
+    table = {"show": show, "checkpoint": str(arguments.checkpoint), "torch": torch.__version__, "patch_scale": scale,
+             "patch_size": size, **{f"{name}_images": len(images) for name, images in sets.items()}, "results": results}
     if show == "probe" and config.dataset == "demo" and not config.data:
         similarity = {name: part_similarity(network, config.image_size, config.seed)
                       for name, network in (("trained", trained), ("untrained", untrained))}
-        known[show]["part_similarity"] = similarity
+        table["part_similarity"] = similarity
         print("\ncorrelation of part types' similarity in z with their true co-occurrence: "
               + ", ".join(f"{name} {value:.2f}" for name, value in similarity.items()))
-    bagssl.save_atomically(path, json.dumps(known, indent=1).encode())
-    print(f"saved in {path}")
+    path = folder / "eval.jsonl"  # a line for each evaluation: none replaces another
+    earlier = path.read_bytes() if path.exists() else b""
+    bagssl.save_atomically(path, earlier + json.dumps(table).encode() + b"\n")
+    print(f"added to {path}")
 
 
 if __name__ == "__main__":

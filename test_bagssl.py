@@ -926,9 +926,12 @@ def test_probe_prints_a_table_and_writes_it(tiny_run, tmp_path, launcher):
     folder, _ = tiny_run
     checkpoint = tmp_path / "checkpoint.pt"
     checkpoint.write_bytes((folder / "run/checkpoint.pt").read_bytes())
+    (tmp_path / "eval.jsonl").write_text("an earlier table\n")
     finished = command("--checkpoint", checkpoint, "--patches", 1, 4, script="eval_linear.py", launcher=launcher)
     assert finished.returncode == 0, finished.stderr
-    results = json.loads((tmp_path / "eval.json").read_text())["probe"]["results"]
+    earlier, table = (tmp_path / "eval.jsonl").read_text().splitlines()
+    assert earlier == "an earlier table"
+    results = json.loads(table)["results"]
     rows = [row["features"] for row in results]
     assert rows == ["one patch, the centre", "bag of 4", "whole image, one pass", "untrained, bag of 4", "raw pixels"]
     for row in results:
@@ -1043,7 +1046,7 @@ def test_the_other_shows(tiny_run, tmp_path, show):
     (tmp_path / "checkpoint.pt").write_bytes((tiny_run[0] / "run/checkpoint.pt").read_bytes())
     finished = command("--checkpoint", tmp_path / "checkpoint.pt", "--show", show, script="eval_linear.py")
     assert finished.returncode == 0, finished.stderr
-    results = json.loads((tmp_path / "eval.json").read_text())[show]["results"]
+    results = json.loads((tmp_path / "eval.jsonl").read_text())["results"]
     if show == "parts":
         assert [row["features"] for row in results][-1] == "untrained, bag of 16" and len(results) == 6
         assert all(-1 <= row["same image"] <= 1 for row in results) and "other class" in finished.stdout
@@ -1067,7 +1070,7 @@ def test_the_demo_learns(tmp_path):
                               ("eval_linear", ["--checkpoint", tmp_path / "checkpoint.pt", "--patches", "1", "16"])):
         finished = command("-c", fewer.format(script), *arguments, script="", timeout=1200, OMP_NUM_THREADS="2")
         assert finished.returncode == 0, finished.stderr
-    top1 = {row["features"]: row["top1"] for row in json.loads((tmp_path / "eval.json").read_text())["probe"]["results"]}
+    top1 = {row["features"]: row["top1"] for row in json.loads((tmp_path / "eval.jsonl").read_text())["results"]}
     assert top1["bag of 16"] > top1["untrained, bag of 16"] + 15, finished.stdout
     assert top1["bag of 16"] > top1["one patch, the centre"] + 25, finished.stdout
 

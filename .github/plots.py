@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 
 def patches_in(name):
-    """The size of the bag that a row of eval.json is about: "bag of 16" -> 16."""
+    """The size of the bag that a row of eval.jsonl is about: "bag of 16" -> 16."""
     return 1 if "one patch" in name else int(name.rpartition(" ")[2])
 
 
@@ -41,13 +41,15 @@ def plot_cosine(axis, training, rows, colour):
 
 
 def draw(name, show, plot, label, runs):
-    """One picture: a panel for each data set that has runs with `show` in their eval.json."""
+    """One picture: a panel for each data set that has runs with `show` in their eval.jsonl, its longest table."""
     panels = {}
     for run in runs:
-        found, config = json.loads((run / "eval.json").read_text()), json.loads((run / "config.json").read_text())
-        if show in found:
+        config = json.loads((run / "config.json").read_text())
+        tables = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+        rows = max((table["results"] for table in tables if table["show"] == show), key=len, default=None)
+        if rows:
             training = "multi-scale" if len(config["patch_scale"]) == 2 else "fixed scale"
-            panels.setdefault(Path(config["data"]).name or config["dataset"], []).append((training, found[show]["results"]))
+            panels.setdefault(Path(config["data"]).name or config["dataset"], []).append((training, rows))
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
     for axis, (dataset, lines) in zip(axes[0], panels.items()):
         for (training, rows), colour in zip(lines, ("tab:blue", "tab:orange", "tab:green")):
