@@ -19,6 +19,9 @@ in the average of its parts, seldom in one of them. `eval_linear.py` measures ho
 after 16 minutes on 2 CPU cores (torch 2.15), a linear probe is right on 53 % of the test images from
 one patch, on 63 % from a bag of 16, and on 43 % from a bag of the untrained network.
 
+The method comes first, in the order of these steps: patches, augmentation, encoder, loss, bag,
+training. Images, processes, checkpoints and the command line follow.
+
     python bagssl.py --preset demo                       # a generated world; needs no data and no GPU
     python bagssl.py --preset cifar10-cpu                # CIFAR-10 on a CPU
     torchrun --nproc_per_node=8 bagssl.py --preset imagenet --data /path/to/imagenet
@@ -484,35 +487,175 @@ class BagOfPatches(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
+# Training
+#
+# A step: draw a batch's patches, augment and embed them, go down the gradient of the loss.
+#
+# Everything random is a function of (seed, epoch) or (seed, step): each process draws the numbers of
+# the whole batch and keeps those of its own images. So the patches do not depend on the number of
+# processes, and a run that continues from a checkpoint sees what it would have seen.
+
+
+def learning_rate(step, steps, config):
+    """Linear warm-up, then half a cosine down to zero."""
+    warmup = max(1, round(config.warmup * steps))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def batches(images, config, mine, device, start):
+    """Yield the images of each step from `start` on, this process's part of the batch, on the device."""
+    N, B = images.shape[0], config.batch_size
+    for step in itertools.count(start):
+        epoch, batch = divmod(step, N // B)  # an epoch's last, incomplete batch is left out
+        if batch == 0 or step == start:
+            order = torch.randperm(N, generator=generator_for("cpu", config.seed, 0, epoch)).to(images.device)
+        chosen = images.index_select(0, order[batch * B:(batch + 1) * B][mine])  # [...] is slower on large images
+        if device.type == "cuda" and not chosen.is_cuda:
+            chosen = chosen.pin_memory()
+        yield chosen.to(device, non_blocking=True)
+
+
+def prefetch(source):
+    """Yield what `source` does, the next one always under way in a thread, beside the device's arithmetic."""
+    with ThreadPoolExecutor(1) as loader:
+        ahead = loader.submit(next, source)
+        while True:
+            batch, ahead = ahead.result(), loader.submit(next, source)
+            yield batch
+
+
+def make_input(images, top, left, side, size, params):
+    """The encoder's input (B V, 3, s, s): patches cut, augmented, standardised. Pure, to be compiled."""
+    patches = cut_patches(images, top, left, side, size).float() / 255
+    return normalize(apply_augment(patches, params)).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+
+
+def draw_input(images, config, step, mine, make_input=make_input):
+    """The patches of a step: drawn for the whole batch, as small tensors, and made for this process's part of it."""
+    scale, shape = config.patch_scale, (config.batch_size, config.num_patches)
+    generator = generator_for(images.device, config.seed, 1, step)
+    top, left, side = draw_crops(*shape, *images.shape[-2:], scale if len(scale) == 2 else scale[0], generator,
+                                 images.device)
+    params = draw_augment(shape, generator, images.device)
+    return make_input(images, top[mine], left[mine], side if isinstance(side, int) else side[mine],
+                      config.patch_size or None, {name: value[mine] for name, value in params.items()})
+
+
+def loss_of(z, config, world):
+    """The loss, and its terms, of this process's projections (B V / processes, D) with those of all others."""
+    z = z.unflatten(0, (-1, config.num_patches))
+    return vicreg_loss(GatherRows.apply(z) if world.size > 1 else z, config.inv_weight, config.var_weight,
+                       config.cov_weight, share=(world.rank, world.size))
+
+
+def update(model, optimizer, x, config, world):
+    """One step on the input x (B V / processes, 3, s, s). Returns loss, terms, gradient's length, and h, detached."""
+    with autocast(x.device):
+        h, z = model(x)
+    loss, terms = loss_of(z, config, world)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # summed by the gather, averaged by DDP: exactly the gradient of the whole batch's loss
+    gradient = nn.utils.clip_grad_norm_(model.parameters(), config.clip)  # its length before that
+    optimizer.step()
+    return loss.detach(), terms, gradient.float(), h.detach()
+
+
+def set_up(config, world, device):
+    """The encoder, the model that wraps it (compiled, or DDP), their optimizer, and make_input, compiled or not."""
+    torch.manual_seed(config.seed)
+    encoder = Encoder(config.arch, config.stem_stride, config.projector).to(device, memory_format=torch.channels_last)
+    if world.size > 1:
+        encoder = sync_batch_norm(encoder, device)
+    matrices, vectors = ([p for p in encoder.parameters() if (p.ndim > 1) == deep] for deep in (True, False))
+    optimizer = torch.optim.SGD([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=config.lr,
+                                momentum=0.9, nesterov=True, weight_decay=config.weight_decay, fused=True)
+    compiled = config.compile == "yes" or config.compile == "auto" and device.type == "cuda"
+    model, prepare = encoder, torch.compile(make_input) if compiled else make_input
+    if world.size > 1:  # never compiled: each batch normalisation waits for the others, and so ends a graph
+        model = nn.parallel.DistributedDataParallel(encoder, device_ids=[device] if device.type == "cuda" else None)
+    elif compiled:
+        model = torch.compile(model)
+    return encoder, model, optimizer, prepare
+
+
+def settle(log, step, lr, figures, h):
+    """Wait for a step's figures, stop at bad ones, log them; returns whether a signal came, and a save is due."""
+    loss, inv, var, cov, gradient, signals, due = figures.tolist()
+    if not math.isfinite(loss + gradient):
+        raise FloatingPointError(
+            f"the {'gradient' if math.isfinite(loss) else 'loss'} is not finite at step {step} (inv {inv:.3g}, "
+            f"var {var:.3g}, cov {cov:.3g}, learning rate {lr:.2g}); what was saved before is untouched. "
+            f"Try a lower --lr with another --out")
+    if log:
+        log.add(step, lr, (loss, inv, var, cov), h)
+    return signals > 0, due > 0
+
+
+def train(config, world, device):
+    """Pretrain as `config` says; `config.out` gets checkpoint.pt, backbone.pt and log.jsonl."""
+    leads, out = world.rank == 0, Path(config.out)
+    checkpoint = leader_first(lambda: open_run(config), leads, world)
+    images = training_images(config, world, device)
+    encoder, model, optimizer, prepare = set_up(config, world, device)
+    steps, start = config.epochs * (len(images) // config.batch_size), 0
+    if checkpoint:
+        start = checkpoint["step"]
+        encoder.load_state_dict(checkpoint["encoder"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    if leads:
+        print_plan(config, world, device, images, encoder, steps, start)
+    if start == steps:
+        return
+    log = None
+    if leads:
+        save_atomically(out / "config.json", json.dumps(settings_of(config), indent=1).encode())
+        log = Log(out / "log.jsonl", start, config, steps)
+    mine, before = world.share(config.batch_size), None
+    begun = saved = time.monotonic()
+    with signals_noted() as signals:
+        for step, batch in zip(range(start, steps), prefetch(batches(images, config, mine, device, start))):
+            x = draw_input(batch, config, step, mine, prepare)
+            for group in optimizer.param_groups:
+                group["lr"] = lr = learning_rate(step, steps, config)
+            loss, terms, gradient, h = update(model, optimizer, x, config, world)
+
+            # All processes decide alike, from figures averaged over them, and one step late: by then the
+            # device has its next step and need not wait for the host.
+            due = leads and time.monotonic() - saved > 60 * config.save_every
+            figures = torch.stack([loss, *terms.values(), gradient,
+                                   *(torch.full_like(gradient, flag) for flag in (len(signals), due))])
+            if world.size > 1:
+                dist.all_reduce(figures)
+                figures /= world.size
+            stop, due = settle(log, *before) if before else (False, False)
+            before = step, lr, figures, h
+            if stop or due or step + 1 == steps:
+                settle(log, *before)
+                before, saved = None, time.monotonic()
+                if leads:
+                    save_atomically(out / "checkpoint.pt", {
+                        "config": dataclasses.asdict(config), "step": step + 1, "encoder": encoder.state_dict(),
+                        "optimizer": optimizer.state_dict()}, keep="checkpoint.previous.pt")
+            if stop:
+                if leads:
+                    print(f"stopped after step {step + 1} of {steps} and saved; the same command continues", flush=True)
+                sys.exit(128 + (signals or [signal.SIGTERM])[0])
+    if leads:
+        save_atomically(out / "backbone.pt", encoder.backbone.state_dict())
+        print(f"trained for {clock(time.monotonic() - begun)}; saved {out}/checkpoint.pt and, for torchvision, "
+              f"{out}/backbone.pt\nprobe it: python eval_linear.py --checkpoint {out}/checkpoint.pt")
+
+
+# --------------------------------------------------------------------------------------------------
 # Images
 #
-# Whatever the source, images arrive as one uint8 tensor (N, 3, S, S): decoding happens once, not
-# once an epoch, and a set that fits lies on the device, where a batch is one indexing operation.
+# The method ends above; from here on is what it needs to run. Whatever the source, images arrive as
+# one uint8 tensor (N, 3, S, S): decoding happens once, not once an epoch, and a set that fits lies on
+# the device, where a batch is one indexing operation.
 
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashionmnist": "FashionMNIST"}
-
-
-class Progress:
-    """One line that updates in place on a terminal; elsewhere a line every 30 seconds."""
-
-    def __init__(self, quiet=False):
-        self.quiet, self.terminal, self.due = quiet, sys.stdout.isatty(), 0.0
-
-    def __call__(self, text, last=False):
-        if self.quiet or not (last or time.monotonic() >= self.due):
-            return
-        self.due = time.monotonic() + (0.2 if self.terminal else 30)
-        if self.terminal:
-            text = text[:shutil.get_terminal_size().columns - 1]
-            print(f"\r\x1b[K{text}", end="\n" if last else "", flush=True)
-        else:
-            print(text, flush=True)
-
-
-def clock(seconds):
-    """Seconds as h:mm:ss or m:ss."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
 def list_images(folder):
@@ -683,6 +826,19 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
     return images, None if labels is None else torch.from_numpy(labels).long()
 
 
+def training_images(config, world, device):
+    """The images to pretrain on, on the device where they fit. Raises UserError where they are less than a batch."""
+    images, _ = leader_first(  # one process a node decodes or downloads
+        lambda: load_images(config.dataset, config.data, "pretrain", config.image_size, config.cache, config.seed,
+                            min_side=patch_side(config.image_size, config.image_size, config.patch_scale[0]),
+                            quiet=world.rank != 0), world.local_rank == 0, world)
+    if len(images) < config.batch_size:
+        raise UserError(f"{len(images)} images are less than one batch of {config.batch_size}; give more images or a "
+                        f"smaller --batch-size")
+    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+    return images.to(device) if fits else images
+
+
 # --------------------------------------------------------------------------------------------------
 # The demo's world
 #
@@ -754,6 +910,10 @@ class World:
     local_rank: int = int(os.environ.get("LOCAL_RANK", 0))
     size: int = int(os.environ.get("WORLD_SIZE", 1))
 
+    def share(self, count):
+        """The slice of `count` things that is this process's."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
 
 def pick_device(name, local_rank=0):
     """The torch.device asked for, or the best there is. Raises UserError if it cannot be used."""
@@ -787,15 +947,9 @@ def has_bf16(device):
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def peak_memory(device):
-    """The most memory used so far, in GB: of the device, or of this process where the device is the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+def autocast(device):
+    """A context for the network: bfloat16 where the device has it, else float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
 
 
 def generator_for(device, *key):
@@ -850,6 +1004,40 @@ def sync_batch_norm(encoder, device):
             if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
                 setattr(module, name, SyncBatchNorm(child.num_features).to(device))
     return encoder
+
+
+def leader_first(function, leads, world):
+    """function() on the leading processes, then on those that waited for them, for as long as it takes."""
+    if world.size == 1:
+        return function()
+    patience = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    if not leads:
+        dist.barrier(patience)
+    result = function()
+    if leads:
+        dist.barrier(patience)
+    return result
+
+
+@contextmanager
+def signals_noted():
+    """Inside, SIGINT and SIGTERM only add their number to the list given; a second one acts as ever."""
+    noted, usual = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore():
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+    def note(number, _):
+        noted.append(number)
+        restore()
+
+    for number in usual:
+        signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        restore()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -946,6 +1134,53 @@ def open_run(config):
     return last_checkpoint(out)
 
 
+# --------------------------------------------------------------------------------------------------
+# Watching a run: progress, log, plan, profile
+
+
+class Progress:
+    """One line that updates in place on a terminal; elsewhere a line every 30 seconds."""
+
+    def __init__(self, quiet=False):
+        self.quiet, self.terminal, self.due = quiet, sys.stdout.isatty(), 0.0
+
+    def __call__(self, text, last=False):
+        if self.quiet or not (last or time.monotonic() >= self.due):
+            return
+        self.due = time.monotonic() + (0.2 if self.terminal else 30)
+        if self.terminal:
+            text = text[:shutil.get_terminal_size().columns - 1]
+            print(f"\r\x1b[K{text}", end="\n" if last else "", flush=True)
+        else:
+            print(text, flush=True)
+
+
+def clock(seconds):
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+
+
+def peak_memory(device):
+    """The most memory used so far, in GB: of the device, or of this process where the device is the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def effective_rank(h):
+    """exp of the entropy of the singular values of centred h (N, D): 1 when collapsed, at most D."""
+    h = h.detach().float()[:1024]
+    h = h - h.mean(0)
+    squares = torch.linalg.eigvalsh(h.T @ h if len(h) > h.shape[1] else h @ h.T)  # far cheaper than an SVD
+    spectrum = squares.clamp(min=0).sqrt()
+    return torch.special.entr(spectrum / spectrum.sum().clamp(min=1e-12)).sum().exp().item()
+
+
 class Log:
     """log.jsonl, one line a step, and the progress line."""
 
@@ -982,115 +1217,7 @@ class Log:
         self.file.write(json.dumps(entry) + "\n")
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-#
-# Everything random is a function of (seed, epoch) or (seed, step): each process draws the numbers of
-# the whole batch and keeps those of its own images. So the patches do not depend on the number of
-# processes, and a run that continues from a checkpoint sees what it would have seen.
-
-
-def learning_rate(step, steps, config):
-    """Linear warm-up, then half a cosine down to zero."""
-    warmup = max(1, round(config.warmup * steps))
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def effective_rank(h):
-    """exp of the entropy of the singular values of centred h (N, D): 1 when collapsed, at most D."""
-    h = h.detach().float()[:1024]
-    h = h - h.mean(0)
-    squares = torch.linalg.eigvalsh(h.T @ h if len(h) > h.shape[1] else h @ h.T)  # far cheaper than an SVD
-    spectrum = squares.clamp(min=0).sqrt()
-    return torch.special.entr(spectrum / spectrum.sum().clamp(min=1e-12)).sum().exp().item()
-
-
-def leader_first(function, leads, world):
-    """function() on the leading processes, then on those that waited for them, for as long as it takes."""
-    if world.size == 1:
-        return function()
-    patience = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    if not leads:
-        dist.barrier(patience)
-    result = function()
-    if leads:
-        dist.barrier(patience)
-    return result
-
-
-@contextmanager
-def signals_noted():
-    """Inside, SIGINT and SIGTERM only add their number to the list given; a second one acts as ever."""
-    noted, usual = [], {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore():
-        for number, handler in usual.items():
-            signal.signal(number, handler)
-
-    def note(number, _):
-        noted.append(number)
-        restore()
-
-    for number in usual:
-        signal.signal(number, note)
-    try:
-        yield noted
-    finally:
-        restore()
-
-
-def batches(images, config, mine, device, start):
-    """Yield the images of each step from `start` on, this process's part of the batch, on the device."""
-    N, B = images.shape[0], config.batch_size
-    for step in itertools.count(start):
-        epoch, batch = divmod(step, N // B)  # an epoch's last, incomplete batch is left out
-        if batch == 0 or step == start:
-            order = torch.randperm(N, generator=generator_for("cpu", config.seed, 0, epoch)).to(images.device)
-        chosen = images.index_select(0, order[batch * B:(batch + 1) * B][mine])  # [...] is slower on large images
-        if device.type == "cuda" and not chosen.is_cuda:
-            chosen = chosen.pin_memory()
-        yield chosen.to(device, non_blocking=True)
-
-
-def make_input(images, top, left, side, size, params):
-    """The encoder's input (B V, 3, s, s): patches cut, augmented, standardised. Pure, to be compiled."""
-    patches = cut_patches(images, top, left, side, size).float() / 255
-    return normalize(apply_augment(patches, params)).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-
-
-def draw_input(images, config, step, mine, make_input=make_input):
-    """The patches of a step: drawn for the whole batch, as small tensors, and made for this process's part of it."""
-    scale, shape = config.patch_scale, (config.batch_size, config.num_patches)
-    generator = generator_for(images.device, config.seed, 1, step)
-    top, left, side = draw_crops(*shape, *images.shape[-2:], scale if len(scale) == 2 else scale[0], generator,
-                                 images.device)
-    params = draw_augment(shape, generator, images.device)
-    return make_input(images, top[mine], left[mine], side if isinstance(side, int) else side[mine],
-                      config.patch_size or None, {name: value[mine] for name, value in params.items()})
-
-
-def loss_of(z, config, world):
-    """The loss, and its terms, of this process's projections (B V / processes, D) with those of all others."""
-    z = z.unflatten(0, (-1, config.num_patches))
-    return vicreg_loss(GatherRows.apply(z) if world.size > 1 else z, config.inv_weight, config.var_weight,
-                       config.cov_weight, share=(world.rank, world.size))
-
-
-def update(model, optimizer, x, config, world, bf16):
-    """One step on the input x (B V / processes, 3, s, s). Returns loss, terms, gradient's length, and h, detached."""
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-        h, z = model(x)
-    loss, terms = loss_of(z, config, world)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # summed by the gather, averaged by DDP: exactly the gradient of the whole batch's loss
-    gradient = nn.utils.clip_grad_norm_(model.parameters(), config.clip)  # its length before that
-    optimizer.step()
-    return loss.detach(), terms, gradient.float(), h.detach()
-
-
-def print_plan(config, world, images, encoder, bf16, steps, start):
+def print_plan(config, world, device, images, encoder, steps, start=0):
     """What the run will do, before it starts."""
     scale, processes = config.patch_scale, f"{world.size} process{'es' * (world.size > 1)}"
     side = patch_side(*images.shape[-2:], scale[0])
@@ -1101,27 +1228,31 @@ def print_plan(config, world, images, encoder, bf16, steps, start):
         print(f"        one part tells the class in {demo_world().max(0).sum() / 10:.1%} of cases at best")
     count, projector = (sum(p.numel() for p in part.parameters()) for part in (encoder.backbone, encoder.projector))
     print(f"model:  {config.arch}, {count / 1e6:.1f} M parameters, projector {projector / 1e6:.1f} M; "
-          f"{'bfloat16' if bf16 else 'float32'} on {next(encoder.parameters()).device.type}, {processes}")
+          f"{'bfloat16' if has_bf16(device) else 'float32'} on {device.type}, {processes}")
     patches = steps * config.batch_size * config.num_patches
-    print(f"run:    {config.epochs} epochs of {steps // config.epochs} steps of {config.batch_size} images, {patches:,} "
-          f"patches; {config.out}, two checkpoints of {8 * (count + projector) / 1e6:,.0f} MB"
+    print(f"run:    {config.epochs} epochs of {steps // config.epochs} steps of {config.batch_size} images, "
+          f"{patches:,} patches; {config.out}, two checkpoints of {8 * (count + projector) / 1e6:,.0f} MB"
           + (f", continued at step {start}" if start else ""), flush=True)
     if start == steps:
         print("        complete already: nothing to do; give another --out for a new run")
 
 
-def profile(config, world, images, mine, encoder, model, optimizer, prepare, bf16, steps, rounds=20):
+def profile(config, world, device, rounds=20):
     """Print where a step's time goes: medians over `rounds` rounds, each of all parts in turn and two whole steps.
 
     A part is timed alone, the device waited for after it; a whole step overlaps what it can. Of several
     processes the gather is part of the loss, and the sum of the gradients is timed apart. The learning rate is 0.
     """
-    device = next(encoder.parameters()).device
-    backbone, projector = encoder.backbone, encoder.projector
+    images = training_images(config, world, device)
+    encoder, model, optimizer, prepare = set_up(config, world, device)
+    steps = config.epochs * (len(images) // config.batch_size)
+    if world.rank == 0:
+        print_plan(config, world, device, images, encoder, steps)
+    mine, backbone, projector = world.share(config.batch_size), encoder.backbone, encoder.projector
     if prepare is not make_input and world.size == 1:
         backbone, projector = torch.compile(backbone), torch.compile(projector)
-    source, loader = batches(images, config, mine, device, 0), ThreadPoolExecutor(1)
-    ahead, times = loader.submit(next, source), {}
+    source, times = batches(images, config, mine, device, 0), {}
+    ahead = prefetch(batches(images, config, mine, device, 0))
     for group in optimizer.param_groups:
         group["lr"] = 0.0
 
@@ -1143,16 +1274,14 @@ def profile(config, world, images, mine, encoder, model, optimizer, prepare, bf1
             dist.all_reduce(tensor)
 
     def step_with_input(step):
-        nonlocal ahead
-        batch, ahead = ahead.result(), loader.submit(next, source)
-        update(model, optimizer, draw_input(batch, config, step, mine, prepare), config, world, bf16)
+        update(model, optimizer, draw_input(next(ahead), config, step, mine, prepare), config, world)
 
     for step in range(rounds + 3):
         if step == 3:
             times.clear()  # compiled, and warm
-        batch = timed("load", lambda: loader.submit(next, source).result())
+        batch = timed("load", next, source)
         x = timed("crop + augment", draw_input, batch, config, step, mine, prepare)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with autocast(device):
             h = timed("backbone", backbone, x)
             z = timed("projector", projector, h)
         loss, _ = timed("loss", loss_of, z, config, world)
@@ -1161,12 +1290,12 @@ def profile(config, world, images, mine, encoder, model, optimizer, prepare, bf1
         if world.size > 1:
             timed("communication", communicate)
         timed("step", step_with_input, step)
-        timed("step on a ready input", update, model, optimizer, x, config, world, bf16)
+        timed("step on a ready input", update, model, optimizer, x, config, world)
     with FlopCounterMode(display=False) as counter:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with autocast(device):
             loss_of(encoder(x)[1], config, world)[0].backward()
     square = torch.randn(2, *2 * [8192 if device.type == "cuda" else 2048], device=device,
-                         dtype=torch.bfloat16 if bf16 else torch.float32)
+                         dtype=torch.bfloat16 if has_bf16(device) else torch.float32)
     for _ in range(10):
         timed("product", torch.mm, *square)
 
@@ -1186,101 +1315,6 @@ def profile(config, world, images, mine, encoder, model, optimizer, prepare, bf1
               f"{flops / 1e9:,.1f} GFLOP a step and process, {rate:,.0f} GFLOP/s: {rate / ceiling:.0%} of a matrix "
               f"product's {ceiling:,.0f}\npeak memory {peak_memory(device):.1f} GB a process; "
               f"{torch.get_num_threads()} threads; torch {torch.__version__}")
-
-
-def train(config, world):
-    """Pretrain as `config` says; `config.out` gets checkpoint.pt, backbone.pt and log.jsonl."""
-    device, leads, out = pick_device(config.device, world.local_rank), world.rank == 0, Path(config.out)
-    checkpoint = None if config.profile else leader_first(lambda: open_run(config), leads, world)
-    images, _ = leader_first(  # one process a node decodes or downloads
-        lambda: load_images(config.dataset, config.data, "pretrain", config.image_size, config.cache, config.seed,
-                            min_side=patch_side(config.image_size, config.image_size, config.patch_scale[0]),
-                            quiet=not leads), world.local_rank == 0, world)
-    B, V = config.batch_size, config.num_patches
-    if len(images) < B:
-        raise UserError(f"{len(images)} images are less than one batch of {B}; give more images or a smaller "
-                        f"--batch-size")
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        images = images.to(device)
-    steps, start = config.epochs * (len(images) // B), checkpoint["step"] if checkpoint else 0
-    mine = slice(world.rank * B // world.size, (world.rank + 1) * B // world.size)  # of each batch
-
-    torch.manual_seed(config.seed)
-    encoder = Encoder(config.arch, config.stem_stride, config.projector).to(device, memory_format=torch.channels_last)
-    if world.size > 1:
-        encoder = sync_batch_norm(encoder, device)
-    matrices, vectors = ([p for p in encoder.parameters() if (p.ndim > 1) == deep] for deep in (True, False))
-    optimizer = torch.optim.SGD([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=config.lr,
-                                momentum=0.9, nesterov=True, weight_decay=config.weight_decay, fused=True)
-    if checkpoint:
-        encoder.load_state_dict(checkpoint["encoder"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    model, prepare, bf16 = encoder, make_input, has_bf16(device)
-    compiled = config.compile == "yes" or config.compile == "auto" and device.type == "cuda"
-    if compiled:
-        prepare = torch.compile(prepare)
-    if world.size > 1:  # never compiled: each batch normalisation waits for the others, and so ends a graph
-        model = nn.parallel.DistributedDataParallel(encoder, device_ids=[device] if device.type == "cuda" else None)
-    elif compiled:
-        model = torch.compile(model)
-    if leads:
-        print_plan(config, world, images, encoder, bf16, steps, start)
-    if config.profile:
-        return profile(config, world, images, mine, encoder, model, optimizer, prepare, bf16, steps)
-    if start == steps:
-        return
-    if leads:
-        save_atomically(out / "config.json", json.dumps(settings_of(config), indent=1).encode())
-        log = Log(out / "log.jsonl", start, config, steps)
-
-    def settle(step, lr, figures, h):
-        """Wait for a step's figures, stop at bad ones, log them; returns whether a signal came, and a save is due."""
-        loss, inv, var, cov, gradient, signals, due = figures.tolist()
-        if not math.isfinite(loss + gradient):
-            raise FloatingPointError(
-                f"the {'gradient' if math.isfinite(loss) else 'loss'} is not finite at step {step} (inv {inv:.3g}, "
-                f"var {var:.3g}, cov {cov:.3g}, learning rate {lr:.2g}); what was saved before is untouched. "
-                f"Try a lower --lr with another --out")
-        if leads:
-            log.add(step, lr, (loss, inv, var, cov), h)
-        return signals > 0, due > 0
-
-    begun = saved = time.monotonic()
-    loader, source = ThreadPoolExecutor(1), batches(images, config, mine, device, start)
-    ahead, before = loader.submit(next, source), None
-    with signals_noted() as signals:
-        for step in range(start, steps):
-            batch, ahead = ahead.result(), loader.submit(next, source)  # loads beside the arithmetic
-            x = draw_input(batch, config, step, mine, prepare)
-            for group in optimizer.param_groups:
-                group["lr"] = lr = learning_rate(step, steps, config)
-            loss, terms, gradient, h = update(model, optimizer, x, config, world, bf16)
-
-            # All processes decide alike, from figures averaged over them, and one step late: by then the
-            # device has its next step and need not wait for the host.
-            due = leads and time.monotonic() - saved > 60 * config.save_every
-            figures = torch.stack([loss, *terms.values(), gradient,
-                                   *(torch.full_like(gradient, flag) for flag in (len(signals), due))])
-            if world.size > 1:
-                dist.all_reduce(figures)
-                figures /= world.size
-            stop, due = settle(*before) if before else (False, False)
-            before = step, lr, figures, h
-            if stop or due or step + 1 == steps:
-                settle(*before)
-                before, saved = None, time.monotonic()
-                if leads:
-                    save_atomically(out / "checkpoint.pt", {
-                        "config": dataclasses.asdict(config), "step": step + 1, "encoder": encoder.state_dict(),
-                        "optimizer": optimizer.state_dict()}, keep="checkpoint.previous.pt")
-            if stop:
-                if leads:
-                    print(f"stopped after step {step + 1} of {steps} and saved; the same command continues", flush=True)
-                sys.exit(128 + (signals or [signal.SIGTERM])[0])
-    if leads:
-        save_atomically(out / "backbone.pt", encoder.backbone.state_dict())
-        print(f"trained for {clock(time.monotonic() - begun)}; saved {out}/checkpoint.pt and, for torchvision, "
-              f"{out}/backbone.pt\nprobe it: python eval_linear.py --checkpoint {out}/checkpoint.pt")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1366,8 +1400,9 @@ def run(main):
 def main():
     world, config = World(), parse_config()
     check_config(config, world.size)
-    join(world, pick_device(config.device, world.local_rank))
-    train(config, world)
+    device = pick_device(config.device, world.local_rank)
+    join(world, device)
+    (profile if config.profile else train)(config, world, device)
 
 
 if __name__ == "__main__":

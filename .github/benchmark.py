@@ -22,7 +22,7 @@ import bagssl
 import eval_linear
 
 CONFIG = bagssl.Config(dataset="noise", batch_size=64, num_patches=4, projector=(1024, 1024, 1024))
-MINE, WORLD, CPU = slice(0, 64), bagssl.World(), torch.device("cpu")
+MINE, WORLD = slice(0, 64), bagssl.World()
 
 
 def medians(rounds, **sides):
@@ -149,11 +149,14 @@ def steps(images):
     def ours():
         for step, batch in enumerate(images.split(64)):
             x = bagssl.draw_input(batch, CONFIG, step, MINE)
-            bagssl.update(encoder, optimizers[0], x, CONFIG, WORLD, bagssl.has_bf16(CPU))
+            bagssl.update(encoder, optimizers[0], x, CONFIG, WORLD)
 
     def theirs():
         for batch in batches:
-            bagssl.update(plain, optimizers[1], batch.flatten(0, 1), CONFIG, WORLD, False)
+            loss, _ = bagssl.loss_of(plain(batch.flatten(0, 1))[1], CONFIG, WORLD)
+            optimizers[1].zero_grad()
+            loss.backward()
+            optimizers[1].step()
 
     took, patches = medians(2, ours=ours, theirs=theirs), len(images) * CONFIG.num_patches
     print(f"training step, patches/s: {patches / took[0]:,.0f}; by PIL, upsampled to 32 x 32, float32, contiguous "
