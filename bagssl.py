@@ -513,7 +513,8 @@ def batches(images, config, mine, device, start):
             order = torch.randperm(N, generator=generator_for("cpu", config.seed, 0, epoch)).to(images.device)
         chosen = images.index_select(0, order[batch * B:(batch + 1) * B][mine])  # [...] is slower on large images
         if device.type == "cuda" and not chosen.is_cuda:
-            chosen = chosen.pin_memory()
+            with torch.cuda.device(device):  # a thread begins on the first GPU, and would take memory there
+                chosen = chosen.pin_memory()
         yield chosen.to(device, non_blocking=True)
 
 
