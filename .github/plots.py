@@ -29,6 +29,7 @@ def plot_accuracy(axis, training, rows, colour):
     for name in top1:
         if name.startswith("untrained"):
             axis.plot(patches_in(name), top1[name], "x", color=colour, label=f"{training}, untrained: bag")
+    axis.set_ylim(bottom=10)  # of ten classes, chance
 
 
 def plot_cosine(axis, training, rows, colour):
