@@ -23,13 +23,14 @@ def patches_in(name):
 
 def plot_accuracy(axis, training, rows, colour):
     top1 = {row["features"]: row["top1"] for row in rows}
+    if not axis.lines:
+        axis.axhline(10, color="grey", ls=":", label="chance, of ten classes")
     bags = {patches_in(name): name for name in top1 if name.startswith(("one patch", "bag"))}
     axis.plot(bags.keys(), [top1[name] for name in bags.values()], "o-", color=colour, label=f"{training}: bag")
     axis.axhline(top1["whole image, one pass"], color=colour, ls="--", label=f"{training}: whole image")
     for name in top1:
         if name.startswith("untrained"):
             axis.plot(patches_in(name), top1[name], "x", color=colour, label=f"{training}, untrained: bag")
-    axis.set_ylim(bottom=10)  # of ten classes, chance
 
 
 def plot_cosine(axis, training, rows, colour):
