@@ -607,7 +607,7 @@ def train(config, world, device):
         optimizer.load_state_dict(checkpoint["optimizer"])
     if leads:
         print_plan(config, world, device, images, encoder, steps, start)
-    if start == steps:
+    if start == steps and (out / "backbone.pt").exists():
         return
     log = None
     if leads:
@@ -1235,7 +1235,7 @@ def print_plan(config, world, device, images, encoder, steps, start=0):
           f"{patches:,} patches; {config.out}, two checkpoints of {8 * (count + projector) / 1e6:,.0f} MB"
           + (f", continued at step {start}" if start else ""), flush=True)
     if start == steps:
-        print("        complete already: nothing to do; give another --out for a new run")
+        print("        complete already; give another --out for a new run")
 
 
 def profile(config, world, device, rounds=20):

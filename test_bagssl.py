@@ -657,6 +657,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny_run, tmp_path):
     finished = command(*arguments)
     assert finished.returncode == 0 and "going on from the one before" in finished.stderr
     assert "continued at step" in finished.stdout and same_weights(tmp_path / "run", folder / "run")
+    (tmp_path / "run/backbone.pt").unlink()  # as after a kill between the last checkpoint and it
+    assert command(*arguments).returncode == 0 and same_weights(tmp_path / "run", folder / "run")
 
 
 @pytest.mark.parametrize("what, words", [("patch", "the loss is not finite at step 3"),
