@@ -25,6 +25,7 @@ training. What it needs to run follows: images, processes, the run's folder, the
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import inspect
 import itertools
@@ -414,7 +415,7 @@ class BagOfPatches(nn.Module):
     once, so that without gradients memory is bounded for any number of images and patches.
     """
 
-    def __init__(self, backbone, per_side, scale, size=None, chunk=512):
+    def __init__(self, backbone, per_side, scale, size=None, chunk=256):
         super().__init__()
         self.backbone, self.chunk = backbone, chunk
         self.per_side, self.scale, self.size = per_side, scale, size
@@ -551,6 +552,8 @@ def load_torchvision(dataset, root, split, download=False):
 def load_folder(folder, split, size, cache="", min_side=1, quiet=False):
     """The images of a folder, uint8 (N, 3, size, size), and labels (N,) or None; None if it holds none."""
     train = chosen = folder / "train" if (folder / "train").is_dir() else folder
+    if not folder.is_dir():
+        return None
     if split == "test":
         chosen = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
         if chosen is None or train == folder:
@@ -648,10 +651,13 @@ def batches(images, config, rows, device, start):
     """Yield this process's images of each step from `start` on, on the device; a thread reads ahead."""
     N, B = len(images), config.batch_size
 
+    @functools.lru_cache(maxsize=1)
+    def order(epoch):
+        return torch.randperm(N, generator=generator_for(config.seed, "order", epoch)).to(images.device)
+
     def read(step):
         epoch, batch = divmod(step, N // B)  # an epoch's last, incomplete batch is left out
-        order = torch.randperm(N, generator=generator_for(config.seed, "order", epoch))[batch * B:(batch + 1) * B]
-        chosen = images.index_select(0, order[rows].to(images.device))
+        chosen = images.index_select(0, order(epoch)[batch * B:(batch + 1) * B][rows])
         if device.type == "cuda" and not chosen.is_cuda:
             with torch.cuda.device(device):  # a new thread begins on the first GPU, and would pin memory there
                 chosen = chosen.pin_memory()
@@ -930,9 +936,9 @@ class Run:
         means = dict(zip(("loss", *terms, "gradient_norm", "clipped"), means))
         if not math.isfinite(means["loss"] + means["gradient_norm"]):
             raise FloatingPointError(
-                f"the {'gradient' if math.isfinite(means['loss']) else 'loss'} is not finite by step {done} (inv "
-                f"{means['inv']:.3g}, var {means['var']:.3g}, cov {means['cov']:.3g}); what was saved before is "
-                f"untouched. Try a lower --lr with another --out")
+                f"the loss or its gradient is not finite in steps {self.looked + 1} to {done} (inv {means['inv']:.3g}, var "
+                f"{means['var']:.3g}, cov {means['cov']:.3g}, gradient norm {means['gradient_norm']:.3g}); what was saved "
+                f"before is untouched. Try a lower --lr with another --out")
         self.sums.zero_()
         self.looked = done
         if self.world.rank == 0:

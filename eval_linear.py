@@ -16,6 +16,7 @@ training images held out for it; the test images are used once, for the figures 
 """
 
 import argparse
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -52,7 +53,8 @@ def embed(embedder, images, device, world, name="", block=256):
     for rows in mine.split(block):
         with bagssl.autocast(device):
             features.append(embedder(images[rows].to(device)).float().cpu())
-        progress(f"{name}: {min(len(images), len(features) * block * world.size):,} of {len(images):,} images")
+        done = min(len(images), len(features) * block * world.size)
+        progress(f"{name}: {done:,} of {len(images):,} images", last=progress.terminal and len(features) * block >= part)
     features = torch.cat(features)
     if world.size > 1:
         parts = [torch.empty_like(features) for _ in range(world.size)] if world.rank == 0 else None
@@ -186,6 +188,8 @@ def load_model(arguments):
     for name in ("data", "cache", "image_size", "patch_size"):
         if getattr(arguments, name) is not None:
             setattr(config, name, getattr(arguments, name))
+    scale = config.patch_scale if arguments.patch_scale is None else (arguments.patch_scale,)
+    bagssl.check_config(dataclasses.replace(config, patch_scale=scale), processes=1)
     torch.manual_seed(config.seed)
     untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()
     if config.arch == "patchnet":  # the whitening is not learned: the control has it too
@@ -230,14 +234,12 @@ def add_arguments(parser):
 
 
 def check_arguments(arguments):
-    """Raise UserError at the first argument that cannot be."""
+    """Raise UserError at the first argument that cannot be; `load_model` checks those that override the config's."""
     wrong = [n for n in arguments.patches if n < 1 or math.isqrt(n) ** 2 != n]
     if wrong:
         raise UserError(f"a bag is a square grid of patches: --patches takes 1, 4, 9, 16, ..., not {wrong[0]}")
-    if arguments.patch_scale is not None and not 0 < arguments.patch_scale <= 1:
-        raise UserError(f"--patch-scale is a fraction of the area, in (0, 1], not {arguments.patch_scale:g}")
-    for name in ("train_images", "test_images", "patch_size", "image_size"):
-        if (getattr(arguments, name) or 0) < 0:
+    for name in ("train_images", "test_images"):
+        if getattr(arguments, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} cannot be negative, as {getattr(arguments, name)} is")
     needed = [f"--{name.replace('_', '-')}" for name in ("data", "image_size", "patch_scale")
               if getattr(arguments, name) is None]

@@ -1,43 +1,204 @@
 # SPDX-License-Identifier: MIT
-"""Each fast piece against the plain way, as ratios within one run: python .github/benchmark.py
+"""How fast bagssl.py is on this machine.
 
-Both sides run in turn on this machine; a figure is the median over the rounds. Images are noise of 32 x 32 pixels,
-patches 16 x 16, the network ResNet-18 with a stem of stride 1. No data is needed, and nothing is written.
+    python .github/benchmark.py ratios                         # each fast piece against the plain way
+    python .github/benchmark.py profile --preset cifar10-cpu   # where a training step's time goes
+    torchrun --standalone --nproc_per_node=2 .github/benchmark.py profile --preset cifar10-cpu
+
+`ratios` needs no data and runs on the CPU: the images are noise; patches, network and loss are those of the preset
+cifar10-cpu. `profile` takes any flag of bagssl.py. Nothing is trained, and nothing is written but the cache of
+decoded images.
 """
 
+import argparse
+import contextlib
+import math
 import multiprocessing
 import os
+import re
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bagssl
 import eval_linear
 
-CONFIG = bagssl.Config(dataset="noise", batch_size=64, num_patches=4, projector=(1024, 1024, 1024))
-MINE, WORLD = slice(0, 64), bagssl.World()
+CPU, WORLD = torch.device("cpu"), bagssl.World()
 
 
-def medians(rounds, **sides):
-    """Seconds each side takes, the median over the rounds, in each of which every side runs once."""
-    took = {name: [] for name in sides}
-    for round in range(rounds + 1):
+@contextlib.contextmanager
+def timed(name, times, device=CPU):
+    """Append the seconds that the block takes, waiting for the device, to times[name]."""
+    begun = time.perf_counter()
+    yield
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    times[name].append(time.perf_counter() - begun)
+
+
+def peak_memory(device):
+    """The most memory used so far, in GB: allocated on the GPU, or else held by this process; nan if not known.
+
+    The latter is read from Linux's /proc, since getrusage may count the parent process too.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024 / 1e9 if status.exists() else math.nan
+
+
+# --------------------------------------------------------------------------------------------------
+# A step of bagssl.train, at a learning rate of 0
+
+
+def make_optimizer(encoder, config):
+    return torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], lr=0.0, momentum=0.9, nesterov=True,
+                           weight_decay=config.weight_decay, fused=True)
+
+
+def make_input(batch, step, config, views=bagssl.training_views):
+    u = torch.rand(config.batch_size, config.num_patches, 11,
+                   generator=bagssl.generator_for(config.seed, "patches", step))
+    return views(batch, u.chunk(WORLD.size)[WORLD.rank].to(batch.device), config)
+
+
+def train_step(x, model, optimizer, config, part=contextlib.nullcontext):
+    """What follows the input x in a step; `part(name)` is a context for each part."""
+    with bagssl.autocast(x.device):
+        _, z = model(x)
+    with part("gather + loss"):
+        z = bagssl.gather(z.unflatten(0, (-1, config.num_patches)))
+        loss, _ = bagssl.vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
+                                     rank=WORLD.rank, world_size=WORLD.size)
+    with part("backward"):
+        optimizer.zero_grad()
+        loss.backward()
+    with part("clip + optimiser"):
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip)
+        optimizer.step()
+
+
+# --------------------------------------------------------------------------------------------------
+# profile
+
+
+def profile(flags, warm_up=3, rounds=20):
+    """Print the median times of the parts of a step, of the whole step, and of the step on a ready input.
+
+    Each part is timed alone; a whole step overlaps what it can. The parts run without DistributedDataParallel, so
+    the all-reduce of the gradients, which it overlaps with the backward pass, is a part of its own. All other
+    communication counts where it happens: in the forward and backward passes and in the loss.
+    """
+    config = bagssl.parse_config(flags)
+    bagssl.check_config(config, WORLD.size)
+    device = bagssl.pick_device(config.device, WORLD.local_rank)
+    bagssl.join(WORLD, device)
+
+    images = bagssl.training_images(config, WORLD, device)
+    steps = config.epochs * (len(images) // config.batch_size)
+    encoder = bagssl.Encoder(config.arch, config.stem_stride, config.projector)
+    encoder.to(device, memory_format=torch.channels_last)
+    optimizer = make_optimizer(encoder, config)
+    model, views = bagssl.parallelize_and_compile(encoder, bagssl.training_views, config, WORLD, device)
+    backbone, projector = encoder.backbone, encoder.projector
+    if views is not bagssl.training_views:  # compiled, as the backbone and the projector are within the model
+        backbone, projector = torch.compile(backbone), torch.compile(projector)
+    if WORLD.rank == 0:
+        bagssl.print_plan(config, WORLD, device, encoder, steps, start=0)
+
+    b, times = config.batch_size // WORLD.size, defaultdict(list)
+    mine = slice(WORLD.rank * b, (WORLD.rank + 1) * b)
+    gradients = torch.zeros(sum(p.numel() for p in encoder.parameters() if p.requires_grad), device=device)
+
+    def part(name):
+        return timed(name, times, device)
+
+    def encoder_in_parts(x):
+        with part("backbone"):
+            h = backbone(x)
+        with part("projector"):
+            return h, projector(h)
+
+    reading_ahead = bagssl.batches(images, config, mine, device, 0)
+    for step in range(warm_up + rounds):
+        if step == warm_up:
+            times.clear()
+        reader = bagssl.batches(images, config, mine, device, step)  # new, so that it has read nothing ahead
+        with part("load"):
+            batch = next(reader)
+        reader.close()  # waits for its thread, which has begun to read the next batch
+        with part("crop + augment"):
+            x = make_input(batch, step, config, views)
+        train_step(x, encoder_in_parts, optimizer, config, part)
+        if WORLD.size > 1:
+            with part("gradient all-reduce"):
+                dist.all_reduce(gradients)
+        with part("step"):
+            train_step(make_input(next(reading_ahead), step, config, views), model, optimizer, config)
+        with part("step on a ready input"):
+            train_step(x, model, optimizer, config)
+    reading_ahead.close()
+    memory = peak_memory(device)
+
+    with FlopCounterMode(display=False) as counter:
+        train_step(x, encoder, optimizer, config)
+    side, dtype = 8192 if device.type == "cuda" else 2048, torch.bfloat16 if bagssl.has_bf16(device) else torch.float32
+    square, products = torch.randn(side, side, device=device, dtype=dtype), defaultdict(list)
+    for _ in range(10):
+        with timed("product", products, device):
+            square @ square
+
+    if WORLD.rank == 0:
+        parts = {name: float(np.median(seconds)) for name, seconds in times.items()}
+        whole, ready, total = parts.pop("step"), parts.pop("step on a ready input"), sum(parts.values())
+        added = np.median(np.divide(times["step"], times["step on a ready input"])) - 1  # in pairs: drift cancels
+        flop, patches = counter.get_total_flops(), config.batch_size * config.num_patches
+        rate, limit = flop / whole / 1e9, 2 * side ** 3 / min(products["product"]) / 1e9
+        print(f"\n{'part of a step':22}      ms  share")
+        for name, seconds in parts.items():
+            print(f"{name:22}{1e3 * seconds:8.1f}  {seconds / total:5.1%}")
+        print(f"{'sum of the parts':22}{1e3 * total:8.1f}\n"
+              f"{'step':22}{1e3 * whole:8.1f}  {patches / whole:,.0f} patches/s, {bagssl.clock(steps * whole)} for the "
+              f"run of {steps:,} steps\n"
+              f"{'step on a ready input':22}{1e3 * ready:8.1f}  input adds {added:.1%}\n\n"
+              f"{flop / 1e9:,.1f} GFLOP per step and process, {rate:,.0f} GFLOP/s: {rate / limit:.0%} of the "
+              f"{limit:,.0f} of a large {str(dtype)[6:]} matrix product\n"
+              f"peak memory {memory:.1f} GB per process; {torch.get_num_threads()} threads; torch {torch.__version__}")
+
+
+# --------------------------------------------------------------------------------------------------
+# ratios
+
+CONFIG = bagssl.Config(**bagssl.PRESETS["cifar10-cpu"])
+
+
+def compare(what, rounds, sides, patches=None):
+    """Time functions by turns; print their medians, and how many times as fast as the first the others are."""
+    times = defaultdict(list)
+    for _ in range(rounds + 1):
         for name, function in sides.items():
-            begun = time.perf_counter()
-            function()
-            took[name].append(time.perf_counter() - begun)
-    return [float(np.median(times[1:])) for times in took.values()]  # the first round warms up
+            with timed(name, times):
+                function()
+    medians = {name: float(np.median(seconds[1:])) for name, seconds in times.items()}  # the first round warms up
+    first, *others = medians
+    figures = {name: f"{patches / median:,.0f} patches/s" if patches else f"{1e3 * median:,.1f} ms"
+               for name, median in medians.items()}
+    print(f"{what}: {first} {figures[first]}" + "".join(
+        f"; {name} {figures[name]}, {medians[first] / medians[name]:.3g} times as fast" for name in others), flush=True)
 
 
 class PerImage(torch.utils.data.Dataset):
-    """The pipeline of EMP-SSL, lightly and solo-learn: PIL images, torchvision's transforms, one patch at a time."""
+    """The input pipeline of EMP-SSL, lightly and solo-learn: PIL and torchvision's transforms, one patch at a time."""
 
     def __init__(self, images, crop):
         self.images = [transforms.functional.to_pil_image(image) for image in images]
@@ -55,9 +216,25 @@ class PerImage(torch.utils.data.Dataset):
 
 
 def loader(images, crop):
-    """Batches of 64 images from as many worker processes as there are cores, which stay between the rounds."""
-    return torch.utils.data.DataLoader(PerImage(images, crop), 64, shuffle=True, num_workers=os.cpu_count(),
-                                       persistent_workers=True)
+    """Batches from as many worker processes as there are cores, which stay between the rounds."""
+    return torch.utils.data.DataLoader(PerImage(images, crop), CONFIG.batch_size, shuffle=True,
+                                       num_workers=os.cpu_count(), persistent_workers=True)
+
+
+def inputs(images, views=bagssl.training_views):
+    """Our input pipeline: the encoder's input for each batch of the images."""
+    for step, batch in enumerate(images.split(CONFIG.batch_size)):
+        yield make_input(batch, step, CONFIG, views)
+
+
+def compare_input(images):
+    batches, compiled = loader(images, transforms.RandomCrop(16)), torch.compile(bagssl.training_views)
+    compare("crop + augment", 5, {"per image with PIL": lambda: list(batches), "batched": lambda: list(inputs(images)),
+                                  "compiled": lambda: list(inputs(images, compiled))}, len(images) * CONFIG.num_patches)
+
+
+def our_loss(z):
+    return bagssl.vicreg_loss(z)[0]
 
 
 def square_loss(z):
@@ -76,108 +253,89 @@ def loss_and_gradient(loss, B, D):
     loss(z).backward()
 
 
-def high_water():
-    """The most memory that this process has held, in MB. On Linux; getrusage would count the parent's too."""
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1e3
-
-
-def memory_of(answer, loss, B, D):
-    """Most memory that the loss and its gradient add to this process, in MB."""
+def memory_of(loss, B, D):
+    """The memory that the loss and its gradient add to this process, in MB."""
     loss_and_gradient(loss, 8, 8)
-    before = high_water()
+    before = peak_memory(CPU)
     loss_and_gradient(loss, B, D)
-    answer.put(high_water() - before)
+    return 1e3 * (peak_memory(CPU) - before)
 
 
-def our_loss(z):
-    return bagssl.vicreg_loss(z)[0]
-
-
-def input_rates(images):
-    batches, prepare = loader(images, transforms.RandomCrop(16)), torch.compile(bagssl.make_input)
-
-    def batched(make_input):
-        for step, batch in enumerate(images.split(64)):
-            bagssl.draw_input(batch, CONFIG, step, MINE, make_input)
-
-    theirs, eager, compiled = medians(5, theirs=lambda: list(batches), eager=lambda: batched(bagssl.make_input),
-                                      compiled=lambda: batched(prepare))
-    patches = len(images) * CONFIG.num_patches
-    print(f"crop + augment, patches/s: per image with PIL {patches / theirs:,.0f}; batched {patches / eager:,.0f}, "
-          f"{theirs / eager:.1f} times; compiled {patches / compiled:,.0f}, {theirs / compiled:.1f} times", flush=True)
-
-
-def losses():
+def compare_losses():
     z = torch.randn(64, 2, 100, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(our_loss(z), square_loss(z))  # one loss, in two ways
     for B, D in ((256, 8192), (64, 1024), (256, 2048), (1024, 1024), (2048, 512), (4096, 64)):
-        ours, square = medians(5, ours=lambda: loss_and_gradient(our_loss, B, D),
-                               square=lambda: loss_and_gradient(square_loss, B, D))
-        print(f"loss and gradient, V = 2, B = {B}, D = {D}: {1e3 * ours:.1f} ms; by D x D {1e3 * square:.1f} ms, "
-              f"{square / ours:.1f} times", flush=True)
-    context, memory = multiprocessing.get_context("spawn"), []
-    for loss in (our_loss, square_loss):
-        answer = context.Queue()
-        process = context.Process(target=memory_of, args=(answer, loss, 256, 8192))
-        process.start()
-        memory.append(answer.get())
-        process.join()
-    print(f"memory of the loss, V = 2, B = 256, D = 8192: {memory[0]:.0f} MB; by D x D {memory[1]:.0f} MB",
-          flush=True)
+        compare(f"loss and gradient, V = 2, B = {B}, D = {D}", 5,
+                {"by D x D": lambda: loss_and_gradient(square_loss, B, D),
+                 "ours": lambda: loss_and_gradient(our_loss, B, D)})
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a new process for each
+        square, ours = (pool.apply(memory_of, (loss, 256, 8192)) for loss in (square_loss, our_loss))
+    print(f"memory of the loss, V = 2, B = 256, D = 8192: by D x D {square:.0f} MB; ours {ours:.0f} MB", flush=True)
 
 
 @torch.no_grad()
-def bag(images):
-    backbone = bagssl.make_backbone("resnet18", 1).eval().to(memory_format=torch.channels_last)
-    patches = torch.randn(512, 3, 16, 16).contiguous(memory_format=torch.channels_last)
-    bare, whole = medians(5, bare=lambda: [backbone(patches) for _ in range(2)],
-                          whole=lambda: bagssl.BagOfPatches(backbone, 4, 0.25)(images[:64]))
-    print(f"BagOfPatches, patches/s: {1024 / whole:,.0f}; the backbone alone {1024 / bare:,.0f}, {bare / whole:.0%}",
-          flush=True)
+def compare_bag(images):
+    backbone = bagssl.make_backbone(CONFIG.arch).eval().to(memory_format=torch.channels_last)
+    patches = torch.randn(1024, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    bag = bagssl.BagOfPatches(backbone, 4, 0.25)
+    compare("bag", 9, {"backbone alone": lambda: [backbone(some) for some in patches.split(bag.chunk)],
+                       "BagOfPatches": lambda: bag(images[:64])}, len(patches))
 
 
-def steps(images):
-    torch.manual_seed(0)
-    encoder = bagssl.Encoder("resnet18", 1, CONFIG.projector).to(memory_format=torch.channels_last)
-    plain = bagssl.Encoder("resnet18", 1, CONFIG.projector)  # contiguous, upsampled: the pipeline of EMP-SSL
-    for name, module in list(plain.named_modules()):
-        if isinstance(module, bagssl.Conv2d):
-            plain.set_submodule(name, nn.Conv2d(module.in_channels, module.out_channels, 3, module.stride, 1, bias=False))
+def compare_training(images):
+    plain, resnet, patchnet = (bagssl.Encoder(arch, 1, CONFIG.projector)
+                               for arch in ("resnet18", "resnet18", "patchnet"))
     batches = loader(images, transforms.RandomResizedCrop(32, scale=(0.25, 0.25), ratio=(1, 1)))
-    optimizers = [torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9) for network in (encoder, plain)]
+    float32 = torch.autocast("cpu", enabled=False)(plain)  # else bfloat16 on CPUs that have it, as ours is
 
-    def ours():
-        for step, batch in enumerate(images.split(64)):
-            x = bagssl.draw_input(batch, CONFIG, step, MINE)
-            bagssl.update(encoder, optimizers[0], x, CONFIG, WORLD)
+    def train(model, encoder, inputs):
+        optimizer = make_optimizer(encoder, CONFIG)
+        for x in inputs:
+            train_step(x, model, optimizer, CONFIG)
 
-    def theirs():
-        for batch in batches:
-            loss, _ = bagssl.loss_of(plain(batch.flatten(0, 1))[1], CONFIG, WORLD)
-            optimizers[1].zero_grad()
-            loss.backward()
-            optimizers[1].step()
-
-    took, patches = medians(2, ours=ours, theirs=theirs), len(images) * CONFIG.num_patches
-    print(f"training step, patches/s: {patches / took[0]:,.0f}; by PIL, upsampled to 32 x 32, float32, contiguous "
-          f"{patches / took[1]:,.0f}, {took[1] / took[0]:.1f} times", flush=True)
+    for encoder in (resnet, patchnet):
+        encoder.to(memory_format=torch.channels_last)
+    compare("training step, gradients clipped", 2,
+            {"ResNet-18, patches by PIL upsampled to 32 x 32, float32, contiguous":
+                 lambda: train(float32, plain, (batch.flatten(0, 1) for batch in batches)),
+             "ResNet-18 in our pipeline": lambda: train(resnet, resnet, inputs(images)),
+             "PatchNet in our pipeline": lambda: train(patchnet, patchnet, inputs(images))},
+            len(images) * CONFIG.num_patches)
 
 
-def probe():
+def time_probe():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(10, (60_000,), generator=generator)
     features = torch.randn(10, 512, generator=generator)[labels] * 0.15 + torch.randn(60_000, 512, generator=generator)
     features = features @ torch.randn(512, 512, generator=generator) * torch.logspace(0, -2, 512)
-    took, = medians(1, fit=lambda: eval_linear.linear_probe(features, labels, features[:1000], labels[:1000]))
-    print(f"linear probe, 60,000 x 512, all regularisations: {took:.1f} s", flush=True)
+    compare("linear probe, 60,000 x 512", 1, {
+        "all decays": lambda: eval_linear.linear_probe(features, labels, features[:1000], labels[:1000])})
+
+
+def ratios():
+    """Print all comparisons. The sides of each run in turn, so that both see the same machine."""
+    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {torch.get_num_threads()} threads, "
+          f"{torch.backends.cpu.get_cpu_capability()}, {'bfloat16' if bagssl.has_bf16(CPU) else 'float32'}", flush=True)
+    noise = torch.randint(256, (1024, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    compare_input(noise)
+    compare_losses()
+    compare_bag(noise)
+    compare_training(noise[:128])
+    time_probe()
+
+
+def main():
+    parser = bagssl.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["ratios", "profile"])
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="for profile, those of bagssl.py")
+    arguments = parser.parse_args()
+    if arguments.command == "profile":
+        profile(arguments.flags)
+    elif arguments.flags:
+        parser.error("ratios takes no flags")
+    else:
+        ratios()
 
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {torch.get_num_threads()} threads, "
-          f"{torch.backends.cpu.get_cpu_capability()}")
-    noise = torch.randint(256, (1024, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    input_rates(noise)
-    losses()
-    bag(noise)
-    steps(noise[:128])
-    probe()
+    bagssl.run(main)

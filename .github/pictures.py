@@ -17,7 +17,8 @@ HERE = Path(__file__).parent
 def bag(image, scale, seed, side=256, gap=16):
     """An image (3, H, H) in [0, 1], its 4 x 4 grid of patches, and 16 augmented training patches, in a row."""
     generator = torch.Generator().manual_seed(seed)
-    views = bagssl.augment(bagssl.crop_patches(image[None], 16, scale, generator=generator), generator)[0]
+    u = torch.rand(1, 16, 11, generator=generator)
+    views = bagssl.augment(bagssl.crop_patches(image[None], u[..., :3], scale), u[..., 3:])[0]
     parts = (image, make_grid(bagssl.grid_patches(image[None], 4, scale)[0], nrow=4, padding=2, pad_value=1),
              make_grid(views, nrow=4, padding=2, pad_value=1))
     parts = [F.interpolate(part[None], size=(side, side))[0] for part in parts]  # nearest: the pixels stay visible

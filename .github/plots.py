@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Plot what eval_linear.py saved in runs' folders, beside this file; needs matplotlib.
+"""Plot what eval_linear.py and claims.py saved in runs' folders, beside this file; needs matplotlib.
 
+    python eval_linear.py --checkpoint RUN/checkpoint.pt --patches 1 4 16 64             # for each run
+    python .github/claims.py parts --checkpoint RUN/checkpoint.pt --patches 1 4 16 64    # for each run
     python .github/plots.py runs/cifar10-fixed runs/cifar10-multi runs/imagenette-fixed runs/imagenette-multi
 
 accuracy.png: linear probe against the number of patches in the bag. cosine.png: cosine between the whole image's
