@@ -936,9 +936,9 @@ class Run:
         means = dict(zip(("loss", *terms, "gradient_norm", "clipped"), means))
         if not math.isfinite(means["loss"] + means["gradient_norm"]):
             raise FloatingPointError(
-                f"the loss or its gradient is not finite in steps {self.looked + 1} to {done} (inv {means['inv']:.3g}, var "
-                f"{means['var']:.3g}, cov {means['cov']:.3g}, gradient norm {means['gradient_norm']:.3g}); what was saved "
-                f"before is untouched. Try a lower --lr with another --out")
+                f"the loss or its gradient is not finite in steps {self.looked + 1} to {done} (inv {means['inv']:.3g}, "
+                f"var {means['var']:.3g}, cov {means['cov']:.3g}, gradient norm {means['gradient_norm']:.3g}); what "
+                f"was saved before is untouched. Try a lower --lr with another --out")
         self.sums.zero_()
         self.looked = done
         if self.world.rank == 0:
@@ -996,8 +996,9 @@ def print_plan(config, world, device, encoder, steps, start):
         print(f"         one part tells the class in {demo_world().max(0).sum() / 10:.1%} of cases at best")
     print(f"model:   {config.arch}, {sizes[0]:.1f} M parameters, projector {sizes[1]:.1f} M; "
           f"{'bfloat16' if has_bf16(device) else 'float32'} on {device.type}, processes: {world.size}")
-    print(f"run:     {config.epochs} epochs, {steps:,} steps, {steps * config.batch_size * config.num_patches:,} patches; "
-          f"{config.out}" + f", continued at step {start}" * (0 < start < steps)
+    patches = steps * config.batch_size * config.num_patches
+    print(f"run:     {config.epochs} epochs, {steps:,} steps, {patches:,} patches; {config.out}"
+          + f", continued at step {start}" * (0 < start < steps)
           + ", complete already: give another --out for a new run" * (start == steps), flush=True)
 
 

@@ -54,7 +54,7 @@ def embed(embedder, images, device, world, name="", block=256):
         with bagssl.autocast(device):
             features.append(embedder(images[rows].to(device)).float().cpu())
         done = min(len(images), len(features) * block * world.size)
-        progress(f"{name}: {done:,} of {len(images):,} images", last=progress.terminal and len(features) * block >= part)
+        progress(f"{name}: {done:,} of {len(images):,} images", last=progress.terminal and done == len(images))
     features = torch.cat(features)
     if world.size > 1:
         parts = [torch.empty_like(features) for _ in range(world.size)] if world.rank == 0 else None

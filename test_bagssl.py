@@ -128,7 +128,7 @@ def test_the_largest_number_still_fits(extent):
 @pytest.mark.parametrize("size", [7, 16, 40])
 def test_resized_patches_agree_with_torchvision(dtype, size):
     """Of every scale between two, uniform in area, resized to one size."""
-    images, u = torch.randint(0, 256, (2, 3, 24, 32), generator=torch.Generator().manual_seed(0)).to(dtype), uniform(2, 9, 3)
+    images, u = (256 * uniform(2, 3, 24, 32)).floor().to(dtype), uniform(2, 9, 3)
     patches, sides = bagssl.crop_patches(images, u, (0.05, 0.7), size), set()
     for b, v in itertools.product(range(2), range(9)):
         side = round(math.sqrt((0.05 + 0.65 * float(u[b, v, 2])) * 24 * 32))
@@ -502,13 +502,14 @@ def fashion(monkeypatch, tmp_path):
 
 
 def test_torchvision_sets(tmp_path, fashion, monkeypatch, capsys):
-    with pytest.raises(bagssl.UserError, match="no FashionMNIST in data .* could not be downloaded .* --data.* --preset demo"):
+    with pytest.raises(bagssl.UserError, match="no FashionMNIST in data .* be downloaded .* --data.* --preset demo"):
         bagssl.load_images("fashionmnist", "", "test", 28)
     assert FakeSet.asked == [("data", flag, {"train": False}) for flag in (False, True)]
     monkeypatch.setattr(FakeSet, "there", True)
     images, labels = bagssl.load_images("fashionmnist", tmp_path, "train", 28)
     assert torch.equal(images[:, 1], torch.from_numpy(FakeSet(tmp_path, False).data)) and images.shape == (2, 3, 28, 28)
-    assert labels.tolist() == [4, 7] and f"2 (train) from FashionMNIST, torchvision's files in {tmp_path}" in capsys.readouterr().out
+    assert f"2 (train) from FashionMNIST, torchvision's files in {tmp_path}" in capsys.readouterr().out
+    assert labels.tolist() == [4, 7]
     assert bagssl.load_images("fashionmnist", tmp_path, "train", 32)[0].shape == (2, 3, 32, 32)
 
 
@@ -517,7 +518,7 @@ def test_no_other_images_than_those_named(tmp_path, fashion, capsys):
     (tmp_path / "heic").mkdir()
     (tmp_path / "heic/photo.heic").write_bytes(b"")
     for path in ("mistyped", "heic"):
-        with pytest.raises(bagssl.UserError, match=f"no images in {path} .looked for FashionMNIST .*train/.*.jpg.*--data"):
+        with pytest.raises(bagssl.UserError, match=f"no images in {path} .looked for FashionMNIST .*.jpg.*--data"):
             bagssl.load_images("fashionmnist", path, "pretrain", 28)
     assert not any(download for _, download, _ in FakeSet.asked) and not (tmp_path / "mistyped").exists()
     write_image(tmp_path / "data/holidays/photo.png")
@@ -590,6 +591,11 @@ def tiny_run(tmp_path_factory):
     return folder, finished.stdout
 
 
+def tiny(run, tmp_path):
+    """The arguments of the same run in another folder."""
+    return [*TINY, "--data", run[0] / "data", "--out", tmp_path / "run", "--epochs", 15]
+
+
 def losses(run, every=10):
     """The loss at each look; each must be in the log once."""
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -614,8 +620,8 @@ def test_a_run_leaves_what_it_says(tiny_run):
         assert entry["gradient_norm"] > 0 and 0 <= entry["clipped"] <= 1
     assert {"lr", "patches_per_s", "effective_rank"} <= log[-1].keys()
     assert log[0]["lr"] > log[-1]["lr"] < 1e-6
-    for line in (f"images:  24 (pretrain) from {folder}/data", "patches: 2 of 10 x 10 pixels", "step 45/45", "eval_linear.py"):
-        assert line in printed
+    for words in (f"images:  24 (pretrain) from {folder}/data", "2 of 10 x 10 pixels", "45/45", "eval_linear.py"):
+        assert words in printed
     encoder, config = bagssl.load_encoder(folder / "run/checkpoint.pt")
     assert config.epochs == 15 and not encoder.training
     net = bagssl.PatchNet().eval()
@@ -628,7 +634,7 @@ def test_a_run_leaves_what_it_says(tiny_run):
 
 
 def test_a_resnets_backbone_is_torchvisions(tiny_run, tmp_path, in_process):
-    arguments = [*TINY, "--data", tiny_run[0] / "data", "--out", tmp_path / "run", "--arch", "resnet18", "--stem-stride", 2]
+    arguments = [*tiny(tiny_run, tmp_path), "--arch", "resnet18", "--stem-stride", 2, "--epochs", 1]
     assert in_process(*arguments) is None
     encoder, _ = bagssl.load_encoder(tmp_path / "run/checkpoint.pt")
     model = torchvision.models.resnet18()
@@ -640,7 +646,7 @@ def test_a_resnets_backbone_is_torchvisions(tiny_run, tmp_path, in_process):
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tiny_run, tmp_path, in_process, monkeypatch):
     monkeypatch.setattr(bagssl, "LOOK_EVERY", 1)
-    in_process(*TINY, "--data", tiny_run[0] / "data", "--out", tmp_path / "run", "--epochs", 10, "--lr", 1e-3, "--warmup", 0.3)
+    in_process(*tiny(tiny_run, tmp_path), "--epochs", 10, "--lr", 1e-3, "--warmup", 0.3)
     rates = [json.loads(line)["lr"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert rates == pytest.approx([1e-3 * min(1, (i + 1) / 10) * math.cos(math.pi * i / 60) ** 2 for i in range(30)])
 
@@ -700,7 +706,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tiny_run, tmp
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_a_run_with_a_checkpoint(tiny_run, tmp_path, number, code, monkeypatch, in_process):
     folder, _ = tiny_run
-    arguments = [*TINY, "--data", str(folder / "data"), "--out", str(tmp_path / "run"), "--epochs", "15"]
+    arguments = tiny(tiny_run, tmp_path)
     views, usual, calls = bagssl.training_views, signal.getsignal(number), []
 
     def interrupted(*its_arguments):
@@ -721,8 +727,8 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tiny_run, tmp_path, number, code,
 
 # The command line with changes, for torchrun to start.
 def script(path, changes):
-    path.write_text(f"import os, signal, sys, time\nsys.path.insert(0, {str(HERE)!r})\nimport torch, bagssl\n{changes}\n"
-                    f"bagssl.run(bagssl.main)\n")
+    path.write_text(f"import os, signal, sys, time\nsys.path.insert(0, {str(HERE)!r})\nimport torch, bagssl\n"
+                    f"{changes}\nbagssl.run(bagssl.main)\n")
     return path
 
 
@@ -731,7 +737,7 @@ def test_a_signal_under_torchrun_waits_for_a_slow_checkpoint(tiny_run, tmp_path,
     """Ctrl-C reaches all processes at once and torchrun passes it on; a cluster's SIGTERM reaches torchrun alone."""
     slow = script(tmp_path / "slow.py", "save = torch.save\n"
                   "def slow(*arguments):\n    time.sleep(2)\n    save(*arguments)\ntorch.save = slow")
-    arguments = [*TINY, "--data", tiny_run[0] / "data", "--out", tmp_path / "run", "--epochs", 2000]
+    arguments = [*tiny(tiny_run, tmp_path), "--epochs", 2000]
     job = subprocess.Popen([sys.executable, *torchrun(2), slow, *map(str, arguments)], start_new_session=True, cwd=HERE,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -768,21 +774,22 @@ def test_bad_numbers_stop_a_run_and_leave_its_checkpoint(tiny_run, tmp_path, wha
 
     monkeypatch.setattr(bagssl, "training_views", bad_patch)
     monkeypatch.setattr(bagssl.Encoder, "forward", bad_weight)
-    code = in_process(*TINY, "--data", tiny_run[0] / "data", "--out", tmp_path / "run", "--epochs", 15, "--save-every", 0)
+    code = in_process(*tiny(tiny_run, tmp_path), "--save-every", 0)
     told = capsys.readouterr().err
-    assert code == 1 and "the loss or its gradient is not finite in steps 31 to 40" in told and "--lr" in told and told.count("\n") == 1
+    assert code == 1 and "the loss or its gradient is not finite in steps 31 to 40" in told
+    assert "--lr" in told and told.count("\n") == 1
     saved = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     assert saved["step"] == 30 and all(value.isfinite().all() for value in saved["encoder"].values())
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")])
 def test_too_little_memory_is_a_sentence(tiny_run, tmp_path, monkeypatch, refused, error):
     def too_large(*_):
         raise error
 
     monkeypatch.setattr(bagssl, "training_views", too_large)
-    told = refused(*TINY, "--data", tiny_run[0] / "data", "--out", tmp_path / "run")
+    told = refused(*tiny(tiny_run, tmp_path))
     assert "out of memory" in told and "--batch-size" in told and "--num-patches" in told
 
 
@@ -792,7 +799,7 @@ def test_collapse_is_warned_of_once(tiny_run, tmp_path, monkeypatch, capsys, in_
     monkeypatch.setattr(bagssl, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     project = bagssl.Encoder.forward
     monkeypatch.setattr(bagssl.Encoder, "forward", lambda encoder, x: (torch.ones(len(x), 4), project(encoder, x)[1]))
-    assert in_process(*TINY, "--data", tiny_run[0] / "data", "--out", tmp_path / "run", "--epochs", 4) is None
+    assert in_process(*tiny(tiny_run, tmp_path), "--epochs", 4) is None
     told = capsys.readouterr().err
     assert told.count("warning") == 1 and "at step 2" in told and "--lr" in told
 
@@ -808,8 +815,8 @@ def test_a_full_disk_is_told_and_what_was_saved_stays(tiny_run, tmp_path, monkey
         save(content, file)
 
     monkeypatch.setattr(torch, "save", until_full)
-    arguments = [*TINY, "--data", tiny_run[0] / "data", "--epochs", 15, "--save-every", 0]
-    told = refused(*arguments, "--out", tmp_path / "run")
+    arguments = [*tiny(tiny_run, tmp_path), "--save-every", 0]
+    told = refused(*arguments)
     assert "No space left" in told and "cannot write" in told
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint.pt", "config.json", "log.jsonl"}
     assert bagssl.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 20
@@ -827,7 +834,8 @@ def test_processes_train_as_one_compiled_or_not(tmp_path):
     """1, 2 and 4 processes, and 2 compiled: 21 steps of 32 images, losses equal to 1e-5 and weights to 1e-4."""
     for i in range(96):
         write_image(tmp_path / f"data/{i}.png", seed=i)
-    arguments = [*TINY, "--data", tmp_path / "data", "--epochs", 7, "--batch-size", 32, "--num-patches", 4, "--lr", 3e-4]
+    arguments = [*TINY, "--data", tmp_path / "data", "--epochs", 7, "--batch-size", 32, "--num-patches", 4,
+                 "--lr", 3e-4]
     for name, more in (("1", []), ("2", []), ("4", []), ("2 compiled", ["--compile", "yes"])):
         finished = command(*arguments, *more, "--out", tmp_path / name, launcher=torchrun(name[0]),
                            script=script(tmp_path / "float32.py", FLOAT32))
@@ -853,7 +861,7 @@ bagssl.training_views = training_views"""
 
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_a_killed_process_ends_the_job_or_is_restarted(tiny_run, tmp_path, restarts):
-    finished = command(*TINY, "--data", tiny_run[0] / "data", "--out", tmp_path / "run", "--epochs", 15, "--save-every", 0,
+    finished = command(*tiny(tiny_run, tmp_path), "--save-every", 0,
                        launcher=torchrun(2, "--standalone", f"--max-restarts={restarts}"),
                        script=script(tmp_path / "suicide.py", SUICIDE))
     if restarts:
@@ -869,7 +877,7 @@ def test_two_nodes_of_two_processes(tiny_run, tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     launcher = torchrun(2, "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}")
-    arguments = [*TINY, "--data", tiny_run[0] / "data", "--out", tmp_path / "run", "--epochs", 15]
+    arguments = tiny(tiny_run, tmp_path)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(command, *arguments, launcher=launcher)
         time.sleep(3)
@@ -891,10 +899,10 @@ def test_another_number_of_processes_takes_over_where_all_see_the_run(tiny_run, 
         return views(*arguments)
 
     monkeypatch.setattr(bagssl, "training_views", interrupted)
-    arguments = [*TINY, "--data", tiny_run[0] / "data", "--out", tmp_path / "run", "--epochs", 15]
+    arguments = tiny(tiny_run, tmp_path)
     assert in_process(*arguments) == 143
-    apart = script(tmp_path / "apart.py", "if os.environ['RANK'] == '1':\n    sys.argv[sys.argv.index('--out') + 1] += '-2'")
-    finished = command(*arguments, launcher=torchrun(2), script=apart)
+    apart = "if os.environ['RANK'] == '1':\n    sys.argv[sys.argv.index('--out') + 1] += '-2'"
+    finished = command(*arguments, launcher=torchrun(2), script=script(tmp_path / "apart.py", apart))
     assert finished.returncode != 0 and "would start at different steps, 20, 0" in finished.stderr
     assert not (tmp_path / "run-2").exists()
     finished = command(*arguments, launcher=torchrun(2))
@@ -908,7 +916,8 @@ sys.path.insert(0, sys.argv[1])
 import bagssl
 dist.init_process_group("gloo")
 rank, torch_seed = dist.get_rank(), torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(5, 7), bagssl.BatchNorm(7), torch.nn.ReLU(), torch.nn.Linear(7, 12)).double()
+model = torch.nn.Sequential(torch.nn.Linear(5, 7), bagssl.BatchNorm(7), torch.nn.ReLU(), torch.nn.Linear(7, 12))
+model = model.double()
 x = torch.randn(8, 3, 5, dtype=torch.float64)
 parallel = torch.nn.parallel.DistributedDataParallel(model)
 z = parallel(x.chunk(2)[rank].flatten(0, 1)).unflatten(0, (4, 3))
@@ -922,15 +931,16 @@ bagssl.BatchNorm(5).double()(own).pow(3).sum().backward()
 norm = bagssl.BatchNorm(5)
 half = norm(x.bfloat16().chunk(2)[rank].flatten(0, 1))  # as under autocast, on a CPU that has bfloat16
 encoder = bagssl.Encoder("patchnet", 1, (8, 8, 8)).double()
-graph, patches = torch.compile(encoder, backend="aot_eager", fullgraph=True), torch.randn(4, 3, 10, 10, dtype=torch.float64)
+graph = torch.compile(encoder, backend="aot_eager", fullgraph=True)
+patches = torch.randn(4, 3, 10, 10, dtype=torch.float64)
 weights = [p for p in encoder.parameters() if p.requires_grad]
 for network in (encoder, graph):
     h, z = network(patches)
     results = h, z, *torch.autograd.grad((z * h[:, :8]).sum(), weights)
     expected = results if network is encoder else expected
 torch.testing.assert_close(results, expected)
-torch.save({"loss": loss / 2, "grads": [p.grad for p in model.parameters()], "state": model.state_dict(), "own": own.grad,
-            "half": half.detach(), "half state": norm.state_dict()}, f"{sys.argv[2]}/{rank}.pt")
+torch.save({"loss": loss / 2, "grads": [p.grad for p in model.parameters()], "state": model.state_dict(),
+            "own": own.grad, "half": half.detach(), "half state": norm.state_dict()}, f"{sys.argv[2]}/{rank}.pt")
 dist.destroy_process_group()
 """
 
@@ -951,9 +961,10 @@ def test_two_processes_have_the_gradients_of_one_and_compile_to_one_graph(tmp_pa
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(found["half"], normed.chunk(2)[rank].bfloat16(), rtol=0.01, atol=0.01)
-        for name in ("running_mean", "running_var"):  # kept in float32
-            torch.testing.assert_close(found["half state"][name], norm.state_dict()[name], rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(found["state"][f"1.{name}"], model.state_dict()[f"1.{name}"], rtol=1e-8, atol=1e-10)
+        for name in ("running_mean", "running_var"):
+            for key, reference, tolerance in (("half state", norm, 1e-5), ("state", model[1], 1e-9)):
+                found_value = found[key][f"1.{name}" if key == "state" else name]
+                torch.testing.assert_close(found_value, getattr(reference, name), rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(found["own"], maps.grad.chunk(2)[rank], rtol=1e-8, atol=1e-10)
         for gradient, parameter in zip(found["grads"], model.parameters()):
@@ -983,7 +994,8 @@ def test_linear_fits_are_the_optima():
     decays = [0.5, 0.02, 0.001]
     weights = eval_linear.fit_linear(x.float(), y, 3, decays, iterations=200, block=64).double().requires_grad_()
     for weight, decay in zip(weights, decays):
-        loss = torch.nn.functional.cross_entropy(x @ weight[:-1] + weight[-1], y) + decay / 2 * weight[:-1].square().sum()
+        loss = torch.nn.functional.cross_entropy(x @ weight[:-1] + weight[-1], y)
+        loss = loss + decay / 2 * weight[:-1].square().sum()
         gradient, = torch.autograd.grad(loss, weights)
         assert gradient.abs().max() < 1e-4
 
@@ -1029,10 +1041,10 @@ def test_embed_is_the_bag_of_each_image(tiny_run, monkeypatch):
 
 
 def test_the_untrained_control_has_the_whitening_and_nothing_else(tiny_run):
-    arguments = eval_linear.argparse.Namespace(checkpoint=tiny_run[0] / "run/checkpoint.pt", arch=None, data=None, cache=None,
-                                               image_size=None, patch_size=None, patch_scale=None)
-    trained, untrained, _ = eval_linear.load_model(arguments)
-    same = [name for name, value in trained.backbone.named_parameters() if torch.equal(value, untrained.backbone.get_parameter(name))]
+    arguments = dict.fromkeys(("arch", "data", "cache", "image_size", "patch_size", "patch_scale"))
+    arguments = types.SimpleNamespace(checkpoint=tiny_run[0] / "run/checkpoint.pt", **arguments)
+    trained, untrained = (network.backbone for network in eval_linear.load_model(arguments)[:2])
+    same = [name for name, value in trained.named_parameters() if torch.equal(value, untrained.get_parameter(name))]
     assert same == ["whiten.weight"]
 
 
@@ -1040,7 +1052,7 @@ def test_published_checkpoints_are_found_in_any_wrapping(tmp_path, refused, caps
     torch.manual_seed(0)
     model = torchvision.models.resnet50()
     state = model.state_dict()
-    sequence = torch.nn.Sequential(*list(model.children())[:-1])  # lightly: backbone.0.weight, backbone.4.0.conv1.weight
+    sequence = torch.nn.Sequential(*list(model.children())[:-1])  # lightly: 0.weight, 4.0.conv1.weight
     inside = {f"module.backbone.{key}": value for key, value in state.items()}
     wrapped = {"plain": state, "lightning": {"state_dict": inside},
                "vicreg": {"epoch": 3, "model": inside | {"module.projector.0.weight": state["fc.weight"]}},
@@ -1237,7 +1249,7 @@ def test_claims_that_cannot_be_shown(tiny_run, tmp_path, refused):
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_profile_times_the_parts_and_leaves_nothing(tiny_run, tmp_path, processes):
-    finished = command("profile", *TINY, "--data", tiny_run[0] / "data", "--out", tmp_path / "run",
+    finished = command("profile", *tiny(tiny_run, tmp_path),
                        script=".github/benchmark.py", launcher=torchrun(processes) if processes > 1 else ())
     assert finished.returncode == 0 and not list(tmp_path.iterdir()), finished.stderr
     shown = {line[:22].strip(): line[22:].split() for line in finished.stdout.splitlines()}
@@ -1279,7 +1291,7 @@ def test_profile_times_the_parts_and_leaves_nothing(tiny_run, tmp_path, processe
     (["--device", "abacus"], "device abacus cannot be used"),
     (["--data", "nowhere"], "no images in nowhere"),
     (["--preset", "imagenet", "--data", "nowhere"], "no images in nowhere"),
-    (["--preset", "cifar10-cpu", "--data", "nowhere"], "no images in nowhere (looked for CIFAR10 as torchvision keeps it"),
+    (["--preset", "cifar10-cpu", "--data", "nowhere"], "no images in nowhere (looked for CIFAR10 as torchvision"),
     (["--preset", "cifar10-cpu"], "could not be downloaded (no network); name a folder that has it with --data"),
 ])
 def test_bad_arguments(arguments, sentence, tmp_path, monkeypatch, refused):
@@ -1289,11 +1301,11 @@ def test_bad_arguments(arguments, sentence, tmp_path, monkeypatch, refused):
     monkeypatch.setattr(torchvision.datasets.utils, "_urlretrieve", no_network)
     monkeypatch.chdir(tmp_path)
     assert sentence in refused(*(() if "--preset" in arguments else ("--preset", "demo")), *arguments)
-    assert not list(tmp_path.rglob("*.pt")) and not list(tmp_path.rglob("*.json*")) and not (tmp_path / "nowhere").exists()
+    assert not [path for path in tmp_path.rglob("*") if path.suffix or path.name == "nowhere"]
 
 
 def test_a_script_that_is_refused_ends_with_code_2(tmp_path):
-    for name, arguments in (("bagssl.py", ["--lr", "much"]), ("eval_linear.py", ["--checkpoint", tmp_path / "none.pt"])):
+    for name, *arguments in (("bagssl.py", "--lr", "much"), ("eval_linear.py", "--checkpoint", tmp_path / "none.pt")):
         finished = command(*arguments, script=name)
         assert finished.returncode == 2 and finished.stdout == "" and finished.stderr.count("\n") == 1
 
@@ -1313,8 +1325,9 @@ def test_bad_images(tmp_path, refused, in_process, capsys):
     assert "link.png (FileNotFoundError), small.png (6 pixels, less than a patch of 10)" in sentence
     for name in ("bad1.png", "bad2.jpg", "link.png", "small.png"):
         (folder / name).unlink()
-    assert "less than one batch of 64" in refused(*TINY, "--data", folder, "--out", tmp_path / "run", "--batch-size", 64)
-    assert in_process(*TINY, "--data", folder, "--out", tmp_path / "run") is None  # and a flat folder of photos trains
+    photos = [*TINY, "--data", folder, "--out", tmp_path / "run"]
+    assert "less than one batch of 64" in refused(*photos, "--batch-size", 64)
+    assert in_process(*photos) is None  # and a flat folder of photos trains
     assert f"images:  12 (pretrain) from {folder}" in capsys.readouterr().out
     assert "no labels to probe" in refused("--checkpoint", tmp_path / "run/checkpoint.pt", script=eval_linear)
 
@@ -1337,7 +1350,8 @@ def test_two_processes_decode_a_folder_at_once(tmp_path):
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: command("-c", code, tmp_path / "photos", script=""), range(2)))
     assert all(one.returncode == 0 for one in both), both
-    assert [int(one.stdout.split()[-1]) for one in both] == [sum(int(image.sum(dtype=np.int64)) for image in pixels)] * 2
+    total = sum(int(image.sum(dtype=np.int64)) for image in pixels)
+    assert [int(one.stdout.split()[-1]) for one in both] == [total] * 2
     cached, = (tmp_path / "photos/.bagssl").iterdir()
     inode, decode = cached.stat().st_ino, bagssl.decode_image
 
