@@ -12,12 +12,12 @@ Learning" (TMLR 2023, arXiv:2206.08954).
 2. Embed each patch, h = f(x), with a convolutional network; project it, z = g(h), with an MLP.
 3. Train with VICReg: the projections of patches of the same image agree (invariance), each
    dimension of z varies over the batch (variance), and no two dimensions are correlated (covariance).
-4. Throw the projector away. An image is the bag of its patches: the mean of their embeddings h.
+4. Throw the projector away. An image is represented by the mean of its patches' embeddings h.
 
 The method comes first, in the order of these steps: patches, augmentation, encoder, loss, bag,
-training. What it needs to run follows: images, processes, the run's folder, the command line.
+training. Its infrastructure follows: images, the demo's images, processes, the run, the command line.
 
-    python bagssl.py --preset demo                       # a generated world; needs no data and no GPU
+    python bagssl.py --preset demo                       # generated images; needs no data and no GPU
     python bagssl.py --preset cifar10-cpu                # CIFAR-10 on a CPU
     torchrun --standalone --nproc_per_node=8 bagssl.py --preset imagenet --data /path/to/imagenet
     python eval_linear.py --checkpoint runs/demo/checkpoint.pt
@@ -28,12 +28,10 @@ import dataclasses
 import functools
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -61,38 +59,38 @@ from torch import nn
 @dataclass
 class Config:
     preset: str = "auto"  # demo, cifar10, cifar10-cpu, cifar100, imagenet; auto: cifar10 with CUDA, else demo
-    dataset: str = "demo"  # demo, cifar10, cifar100, stl10, fashionmnist, or the name of a folder of images in --data
-    data: str = ""  # folder with the images or torchvision's files; default: data/DATASET, else a download to data
-    cache: str = ""  # folder for decoded images; default: .bagssl beside the images, so that all runs share it
+    dataset: str = "demo"  # demo; cifar10, cifar100, stl10, fashionmnist; or any name: a folder DATA/DATASET
+    data: str = ""  # folder with images or torchvision's files; default: data, to which torchvision downloads
+    cache: str = ""  # folder for decoded images; default: .bagssl in the folder of images, so that all runs share it
     out: str = ""  # folder of the run; default: runs/PRESET; an interrupted run there is continued
     arch: str = "patchnet"  # patchnet, made for small patches; resnet18, resnet34, resnet50, as in published work
-    stem_stride: int = 1  # stride of the first layer, 1 or 2; for a resnet also 4: torchvision's 7x7 stem and pooling
+    stem_stride: int = 1  # of the first layer, 1 or 2; 4: a resnet's standard stem, 7x7 convolution and pooling
     projector: tuple = (2048, 2048, 2048)  # widths of the projector's three layers; wider is better for VICReg
     image_size: int = 32  # images are resized to this short side and centre-cropped to a square
-    patch_scale: tuple = (0.25,)  # fraction of the image's area in a patch; LOW HIGH: multi-scale, the baseline
+    patch_scale: tuple = (0.25,)  # fraction of the image's area in a patch; two values: between them, the baseline
     patch_size: int = 0  # patches are resized to this side; 0: not resized
     num_patches: int = 4  # V, patches per image and step
     batch_size: int = 256  # B, images per step, over all processes
     epochs: int = 30  # passes over the images
     lr: float = 0.1  # peak learning rate of SGD with Nesterov momentum 0.9
-    clip: float = 2.0  # maximum gradient norm; the first gradients are 20 times the later ones and would diverge
+    clip: float = 2.0  # maximum gradient norm; without it the first gradients, 20 times the later ones, do harm
     warmup: float = 0.1  # fraction of the steps over which the learning rate rises
     weight_decay: float = 1e-4  # not applied to biases and normalisation
     inv_weight: float = 25.0  # weight of the invariance term; this and the next two are the VICReg authors'
     var_weight: float = 25.0  # weight of the variance term
     cov_weight: float = 1.0  # weight of the covariance term
-    seed: int = 0  # of the weights, the order of the images, the patches, and the demo's world
+    seed: int = 0  # of the weights, the order of the images, the patches, and the demo's images
     device: str = ""  # cuda, mps, cpu; default: the best there is
     compile: str = "auto"  # yes, no; auto: with CUDA
     save_every: float = 5.0  # minutes between checkpoints
 
 
 PRESETS = {
-    # Ten classes need few dimensions of z. Patches of an image agree weakly here, which would leave
-    # the covariance term too small to matter: it gets ten times the weight.
+    # Ten classes need few dimensions of z. Two patches of an image have little in common here: without a
+    # larger weight on the covariance term, making them agree outweighs telling images apart.
     "demo": dict(image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
-    # Small batches take more steps in the same time. At an invariance weight of 25 the projections shrink early on.
+    # Small batches take more steps in the same time. At an invariance weight of 25 z collapses early on.
     "cifar10-cpu": dict(dataset="cifar10", batch_size=64, epochs=5, projector=(1024, 1024, 1024), inv_weight=10.0),
     "cifar10": dict(dataset="cifar10", arch="resnet18"),
     "cifar100": dict(dataset="cifar100", arch="resnet18"),
@@ -103,7 +101,7 @@ PRESETS = {
 
 
 class UserError(Exception):
-    """Something the person at the command line can mend: printed as one sentence, exit code 2."""
+    """Something the person at the command line can fix: printed as one sentence, exit code 2."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,8 +109,8 @@ class UserError(Exception):
 #
 # The method sees an image only through square patches of one fixed scale, the fraction of the
 # image's area that a patch covers. A patch is a pure function of its image and of eleven uniform
-# random numbers: three place it here, eight augment it in the next section. One tensor of such
-# numbers is all the randomness of a training step.
+# random numbers: two for its position and one for its scale, which only the multi-scale baseline
+# draws, and eight for its augmentation. One tensor of such numbers is all the randomness of a step.
 
 
 def patch_side(height, width, scale):
@@ -147,9 +145,10 @@ def crop_patches(images, u, scale, size=None):
 def grid_patches(images, per_side, scale, size=None):
     """Cut per_side x per_side evenly spaced patches; no randomness.
 
-    images, size: as for `crop_patches`. scale: a float. Small patches lie in the middles of the cells
-    of a grid, so that one patch is the image's centre; patches too large for that overlap and reach
-    the edges. Returns (B, per_side**2, C, s, s), row by row. Raises ValueError on a scale outside (0, 1].
+    images, size: as for `crop_patches`. scale: a float. Patches smaller than a cell of the grid are
+    centred in the cells, so that per_side=1 gives the centre of the image; larger ones overlap and
+    extend to the edges. Returns (B, per_side**2, C, s, s), row by row. Raises ValueError on a scale
+    outside (0, 1].
     """
     side = patch_side(*images.shape[-2:], scale)
 
@@ -162,7 +161,7 @@ def grid_patches(images, per_side, scale, size=None):
 
 
 def _cut(images, top, left, side, size):
-    """The squares whose corners are (top, left), int64 (B, V) or (1, V); side: an int or like them."""
+    """The squares whose corners are top and left, int64 (B, V) or (1, V); side: an int, or of the same shape."""
     if isinstance(side, int) and size in (None, side):
         # One gather. The index has an axis for each of B, V, C, y, x, and broadcasts over the rest.
         pixel = torch.arange(side, device=images.device)
@@ -171,7 +170,7 @@ def _cut(images, top, left, side, size):
         y = (top[..., None] + pixel)[:, :, None, :, None]  # (B, V, 1, s, 1)
         x = (left[..., None] + pixel)[:, :, None, None, :]  # (B, V, 1, 1, s)
         return images[b, c, y, x]
-    # Cropping and resizing is linear along each axis: two matrix products per patch, whatever its scale.
+    # Crop and resize along each axis by a matrix of weights, of which each patch has its own two.
     rows, columns = (_resize_weights(start, side, extent, size).expand(len(images), -1, -1, -1)  # (B, V, s, extent)
                      for start, extent in zip((top, left), images.shape[-2:]))
     patches = torch.einsum("bvyh,bchw,bvxw->bvcyx", rows, images.float(), columns)
@@ -183,7 +182,7 @@ def _cut(images, top, left, side, size):
 def _resize_weights(start, side, extent, size):
     """The matrix that resizes pixels [start, start + side) of `extent` to `size`: bilinear, antialiased.
 
-    Each output pixel is an average under a triangle two output pixels wide, or two input pixels if those are wider.
+    A pixel of the output is an average of input pixels under a triangle of half-width max(side / size, 1).
     start: (B, V); side: an int or (B, V). Returns (B, V, size, extent), rows summing to 1.
     """
     start, side = start[..., None, None], torch.as_tensor(side, device=start.device)[..., None, None]
@@ -198,32 +197,33 @@ def _resize_weights(start, side, extent, size):
 # --------------------------------------------------------------------------------------------------
 # Augmentation
 #
-# Each patch gets its own colours, so that colour alone cannot tell which patches share an image.
-# Operations, strengths and probabilities are those of the VICReg authors' code, in a fixed order and
-# without the blur, which small patches do not survive. They solarise one view with probability 0 and
-# the other with 0.2; patches have no first and second, so all get 0.1.
+# The colours of each patch are changed independently, so that colour alone cannot tell which patches
+# share an image. Operations, strengths and probabilities are those of the VICReg authors' code, in a
+# fixed order and without the blur, which leaves little of a small patch. The authors solarise one
+# view with probability 0 and the other with 0.2; here there are no first and second views: all get 0.1.
 
 
 def augment(patches, u, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter_prob=0.8, gray_prob=0.2,
             solarize_prob=0.1):
     """Flip, jitter, grey and solarise each patch by its own random numbers.
 
-    patches: float (..., 3, s, s) in [0, 1]; the same is returned. u: (..., 8), uniform numbers in
-    [0, 1). With jitter_prob, brightness, contrast and saturation get factors in 1 +- their strength
-    and the hue is shifted by up to +- `hue` turns, as by torchvision's functional transforms. The
-    probability of a flip is 1/2. Raises ValueError on other patches.
+    patches: float (..., 3, s, s) in [0, 1]. u: (..., 8), uniform numbers in [0, 1). With probability
+    jitter_prob, brightness, contrast and saturation get factors in 1 +- their strength and the hue is
+    shifted by up to +- `hue` turns, as torchvision.transforms.functional does. The probability of a
+    flip is 1/2. Returns the same shape and range. Raises ValueError on other patches.
     """
     if not patches.is_floating_point() or patches.shape[-3] != 3:
         raise ValueError(f"augment takes float patches (..., 3, s, s) in [0, 1], not {patches.dtype} "
                          f"of shape {tuple(patches.shape)}")
     flip, jitter, *amounts, gray, solarize = u[..., None, None, None].unbind(-4)  # each (..., 1, 1, 1)
-    brightness, contrast, saturation, hue = (torch.where(jitter < jitter_prob, (2 * amount - 1) * strength, 0.0) for
-                                             amount, strength in zip(amounts, (brightness, contrast, saturation, hue)))
+    brighten, steepen, saturate, turn = (
+        torch.where(jitter < jitter_prob, (2 * amount - 1) * strength, 0.0)
+        for amount, strength in zip(amounts, (brightness, contrast, saturation, hue)))
     x = torch.where(flip < 0.5, patches.flip(-1), patches)
-    x = (x * (1 + brightness)).clamp(0, 1)
-    x = torch.lerp(_luma(x).mean((-2, -1), keepdim=True).expand_as(x), x, 1 + contrast).clamp(0, 1)
-    x = torch.lerp(_luma(x).expand_as(x), x, 1 + saturation).clamp(0, 1)
-    x = _shift_hue(x, hue)
+    x = (x * (1 + brighten)).clamp(0, 1)
+    x = torch.lerp(_luma(x).mean((-2, -1), keepdim=True).expand_as(x), x, 1 + steepen).clamp(0, 1)
+    x = torch.lerp(_luma(x).expand_as(x), x, 1 + saturate).clamp(0, 1)
+    x = _shift_hue(x, turn)
     x = torch.where(gray < gray_prob, _luma(x), x)
     return torch.where((solarize < solarize_prob) & (x >= 0.5), 1 - x, x)
 
@@ -254,12 +254,12 @@ def _shift_hue(patches, shift):
 # --------------------------------------------------------------------------------------------------
 # Encoder
 #
-# A patch x has an embedding h = f(x), the backbone's output, which is what one keeps, and a
-# projection z = g(h), the projector's, on which the loss acts (the paper's section 2).
+# The backbone's output h = f(x) is the embedding of a patch x, and is kept after training; the
+# projector's output z = g(h) is its projection, on which the loss acts (the paper's section 2).
 #
 # `PatchNet` is a network for small patches. Its first layer is fixed and whitens the pixels, as in
-# Keller Jordan's airbench: edges and textures make up little of the pixels' variance but most of
-# what tells patches apart, and a network that has to find them first learns more slowly.
+# Keller Jordan's airbench. Most of the pixels' variance is smooth colour, but patches differ by
+# edges and texture. Whitening makes the two equally strong, and learning starts faster.
 # `BatchNorm` is torch's, with statistics over the batches of all processes (see *Processes*).
 
 
@@ -299,8 +299,8 @@ class Block(nn.Module):
 class PatchNet(nn.Module):
     """A backbone for patches of 10 to 32 pixels: standardised patches (N, 3, s, s) -> h (N, widths[-1]).
 
-    A fixed layer of `whitening_filters`, three blocks, and the mean over what is left of the map: for
-    patches of 16 x 16 pixels that is 14 x 14, 7 x 7, 3 x 3, 1 x 1.
+    A fixed layer of `whitening_filters`, three blocks, and the mean over the map. For patches of 16 x 16
+    pixels the sides of the maps are 14, 7, 3 and 1.
     """
 
     def __init__(self, widths=(64, 256, 512), stride=1):
@@ -316,8 +316,8 @@ class PatchNet(nn.Module):
 def make_backbone(arch="patchnet", stem_stride=1):
     """PatchNet, or torchvision's ResNet-18, 34 or 50 without its classifier: (N, 3, s, s) -> (N, .width).
 
-    stem_stride=4 is the ResNets' own stem, a 7 x 7 convolution of stride 2 and pooling. Of a small
-    patch that leaves too few pixels: for 1 or 2 the stem is one 3 x 3 convolution of that stride.
+    stem_stride=4 is the ResNets' own stem, a 7 x 7 convolution of stride 2 and pooling. It shrinks small
+    patches too much: 1 or 2 replaces it by one 3 x 3 convolution of that stride.
     """
     if arch == "patchnet":
         return PatchNet(stride=stem_stride)
@@ -355,15 +355,15 @@ class Encoder(nn.Module):
 # keep z from collapsing to a point or a line.
 #
 # What this learns, in the paper's formal terms: let p(x1, x2) be the joint distribution of two
-# patches of one image, p(x) its marginal, and look for z whose inner products tell how much more
-# often than by chance two patches occur together:
+# patches of one image, p(x) its marginal, and look for z whose inner products, times a constant
+# w > 0, tell how much more often than by chance two patches occur together:
 #     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - p(x1, x2) / (p(x1) p(x2)))^2 ].
 # Expand the square. Since E_{p p}[(z1.z2)^2] = || E[z z^T] ||_F^2, up to a constant
 #     L_C = 2 w L_S,   L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2:
-# pull together what occurs together, and keep the second moments small. VICReg is L_S for centred z
-# of variance 1, which its hinge holds up where L_S would let it shrink: there |z1 - z2|^2 is on
-# average a constant - 2 z1.z2 (invariance), and the Frobenius norm is a constant plus the squares off
-# the diagonal (covariance).
+# pull together what occurs together, and keep the second moments small. Let z now be centred, with
+# variance 1 in each dimension. Then E |z1 - z2|^2 is a constant - 2 E[z1.z2] (invariance), and
+# || E[z z^T] ||_F^2 is a constant + the sum of the squared covariances (covariance). VICReg subtracts
+# the mean, and its hinge holds the variance up at 1.
 
 
 def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, rank=0, world_size=1):
@@ -374,11 +374,11 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
         hinge(z) = mean_d relu(1 - sqrt(var_d + eps)),  cov(z) = sum_{d != e} cov_de^2 / D,
     variances and covariances over the batch, with divisor B - 1. This is the VICReg authors' code
     (Bardes, Ponce, LeCun, 2022); the equation in their paper does not halve the hinges.
-    Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. It is computed in
-    float32, or float64 for such z, inside autocast too. Raises ValueError on a z of another shape.
+    Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. Computed in float32
+    (float64 if z is), also under autocast. Raises ValueError on a z of another shape.
 
-    rank, world_size: processes that all hold the same z can divide the work. Each computes its share
-    of the covariance term; the mean of their losses is the loss, and so for the gradients.
+    rank, world_size: if each of several processes holds all of z, each computes 1 / world_size of the
+    covariance term. The mean of their losses is the loss, and the mean of their gradients its gradient.
     """
     if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"vicreg_loss takes z (B, V, D) with B >= 2 and V >= 2, not {tuple(z.shape)}")
@@ -391,7 +391,7 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
         z = (z - z.mean(0)).transpose(0, 1)  # (V, B, D), each dimension centred over the batch
         variance = z.square().sum(1) / (B - 1)  # (V, D)
         var = (1 - (variance + eps).sqrt()).relu().mean()
-        # The sum of squared covariances is ||Z^T Z||_F^2 = ||Z Z^T||_F^2: the smaller of the two products will do.
+        # The sum of all squared covariances is ||Z^T Z||_F^2 = ||Z Z^T||_F^2: take the smaller product.
         z = z if B < D else z.mT
         rows = slice(rank * z.shape[1] // world_size, (rank + 1) * z.shape[1] // world_size)
         squares = world_size * (z[:, rows] @ z.mT).square().sum() / (B - 1) ** 2
@@ -409,10 +409,10 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
 class BagOfPatches(nn.Module):
     """Images in, the mean embedding of a grid of their patches out.
 
-    backbone: patches (N, 3, s, s) -> (N, D), in eval mode. per_side**2 patches of area fraction
+    backbone: patches (N, 3, s, s) -> (N, D); must be in eval mode. per_side**2 patches of area fraction
     `scale`, resized to `size` if given (see `grid_patches`). forward takes (B, 3, H, W), uint8 or
     float in [0, 1], and returns float32 (B, D). At most `chunk` patches go through the backbone at
-    once, so that without gradients memory is bounded for any number of images and patches.
+    once, which without gradients bounds the memory that it needs.
     """
 
     def __init__(self, backbone, per_side, scale, size=None, chunk=256):
@@ -437,7 +437,7 @@ class BagOfPatches(nn.Module):
 #
 # Everything random is a function of the seed and the step: each process draws the numbers of the
 # whole batch and keeps those of its own images. So the patches do not depend on the number of
-# processes, and a run that continues from a checkpoint sees what it would have seen.
+# processes, and a resumed run draws the same images, crops and augmentations as one never stopped.
 
 
 def training_views(images, u, config):
@@ -452,7 +452,7 @@ def training_views(images, u, config):
 
 
 def train(config, world, device):
-    """Pretrain as `config` says; `config.out` gets checkpoint.pt, backbone.pt and log.jsonl."""
+    """Pretrain as `config` says; `config.out` gets config.json, log.jsonl, checkpoint.pt and backbone.pt."""
     checkpoint = open_run(config, world)  # of an interrupted run, or None
     images = training_images(config, world, device)  # uint8 (N, 3, S, S)
     torch.manual_seed(config.seed)
@@ -470,7 +470,7 @@ def train(config, world, device):
     mine = slice(world.rank * b, (world.rank + 1) * b)  # the rows of a batch that are this process's
     steps = config.epochs * (len(images) // B)
     with Run(config, world, device, encoder, optimizer, steps, checkpoint) as run:
-        for step, batch in zip(range(run.start, steps), batches(images, config, mine, device, run.start)):
+        for step, batch in batches(images, config, mine, device, run.start, steps):
             u = torch.rand(B, V, 11, generator=generator_for(config.seed, "patches", step))[mine]
             x = views(batch, u.to(device), config)  # (b V, 3, s, s)
             with autocast(device):
@@ -479,46 +479,48 @@ def train(config, world, device):
             loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
                                       rank=world.rank, world_size=world.size)
             optimizer.zero_grad()
-            loss.backward()  # `gather` sums over processes, DDP averages: the gradient of the whole batch's loss
+            loss.backward()  # `gather` sums over processes and DDP divides: the gradient of the whole batch's loss
             norm = nn.utils.clip_grad_norm_(matrices + vectors, config.clip)  # the norm before clipping
             warmup, cosine = config.warmup * steps + 1, (1 + math.cos(math.pi * step / steps)) / 2
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1, (step + 1) / warmup) * cosine
             optimizer.step()
-            run.look(step, loss, terms, norm, h)  # every tenth step: bad numbers, log, checkpoint, signals
+            run.look(step, loss, terms, norm, h)  # every tenth step: check for bad numbers, log, save, obey signals
         run.finish()
 
 
 # --------------------------------------------------------------------------------------------------
 # Images
 #
-# The method ends above; from here on is what it needs to run. Whatever the source, images arrive as
+# The method ends above; everything below is infrastructure. Whatever the source, images arrive as
 # one uint8 tensor (N, 3, S, S): decoded once, not once per epoch, and kept on the GPU if they fit.
 
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashionmnist": "FashionMNIST"}
 
 
-def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0, min_side=1, quiet=False):
+def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0, quiet=False):
     """Load a set of images: uint8 (N, 3, image_size, image_size) and labels int64 (N,), or None without labels.
 
-    split: "pretrain" (labels may be missing), "train" or "test". With `data`, the images are those of
-    the folder data/dataset if there is one, else of `data`: torchvision's files of `dataset`, or
-    train/ with val/ or test/, each with class folders, or, for pretraining, photos at any depth.
-    Without `data`: the demo's world, or what lies in ./data, where torchvision's sets are downloaded
-    if missing. Raises UserError if there is nothing, or naming the files that are broken or smaller
-    than `min_side` pixels.
+    split: "pretrain" (labels may be missing), "train" or "test". The images are the first that exist of
+    - the demo's, for dataset "demo" without `data`;
+    - torchvision's files of `dataset`, in `data` (by default ./data) or data/dataset;
+    - images in data/dataset, or, if `data` is given and has no such folder, in `data`: train/ with val/
+      or test/, each with class folders, or, for pretraining, any photos at any depth;
+    - torchvision's files, downloaded, if no `data` is given.
+    Raises UserError if there are none, or naming the files that are broken.
     """
     root, known = Path(data or "data"), TORCHVISION_SETS.get(dataset)
     source = root / dataset if not data or (root / dataset).is_dir() else root
     if dataset == "demo" and not data:
         found, source = demo_images(DEMO_COUNTS[split], image_size, (seed, list(DEMO_COUNTS).index(split))), "the demo"
-    elif known and (found := load_torchvision(dataset, root, split)):
+    elif known and (found := load_torchvision(dataset, root, split) or load_torchvision(dataset, source, split)):
         source = f"{known}, torchvision's files in {root}"
-    elif not (found := load_folder(source, split, image_size, cache, min_side, quiet)):
-        looked = f"train/ with class folders, and at any depth {' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}"
+    elif not (found := load_folder(source, split, image_size, cache, quiet)):
         if data or not known:
-            raise UserError(f"no images in {source} (looked for {f'{known} as torchvision keeps it, ' * bool(known)}"
-                            f"{looked}); name another folder with --data, or use --preset demo, which needs none")
+            looked = f"{known} as torchvision keeps it, " if known else ""
+            raise UserError(f"no images in {source} (looked for {looked}train/ with class folders, and at any depth "
+                            f"{' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}); name another folder with "
+                            f"--data, or use --preset demo, which needs none")
         found, source = load_torchvision(dataset, root, split, download=True), f"{known}, downloaded to {root}"
     images, labels = torch.from_numpy(found[0]), found[1]
     if images.shape[-1] != image_size:
@@ -549,11 +551,11 @@ def load_torchvision(dataset, root, split, download=False):
     return np.ascontiguousarray(images), np.asarray(found.labels if dataset == "stl10" else found.targets)
 
 
-def load_folder(folder, split, size, cache="", min_side=1, quiet=False):
+def load_folder(folder, split, size, cache="", quiet=False):
     """The images of a folder, uint8 (N, 3, size, size), and labels (N,) or None; None if it holds none."""
-    train = chosen = folder / "train" if (folder / "train").is_dir() else folder
     if not folder.is_dir():
         return None
+    train = chosen = folder / "train" if (folder / "train").is_dir() else folder
     if split == "test":
         chosen = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
         if chosen is None or train == folder:
@@ -568,7 +570,7 @@ def load_folder(folder, split, size, cache="", min_side=1, quiet=False):
             raise UserError(f"{chosen} has no labels to probe: its images must lie in class folders, "
                             f"the same ones in train/ and in val/ or test/")
         labels = np.searchsorted(classes, its_classes)
-    return decode_folder(chosen, names, size, Path(cache or folder / ".bagssl"), min_side, quiet), labels
+    return decode_folder(chosen, names, size, Path(cache or folder / ".bagssl"), quiet), labels
 
 
 def list_images(folder):
@@ -579,28 +581,29 @@ def list_images(folder):
     return sorted(name for name in names if f"{os.sep}." not in os.sep + name)
 
 
-def decode_image(path, size, min_side=1):
+def decode_image(path, size):
     """Read, resize the short side to `size`, centre-crop: uint8 (3, size, size)."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        if min(image.size) < min_side:
-            raise ValueError(f"{min(image.size)} pixels, less than a patch of {min_side}")
+        if min(image.size) < 8:
+            raise ValueError(f"{image.width} x {image.height} pixels show nothing")
         if image.mode.startswith("I"):  # 16 bits, which convert() would clip, not scale
             image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:  # convert() would show what nobody sees
+        if "A" in image.getbands() or "transparency" in image.info:  # convert() would show transparent pixels
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = torchvision.transforms.functional.resize(image.convert("RGB"), size)
     return np.asarray(torchvision.transforms.functional.center_crop(image, size)).transpose(2, 0, 1)
 
 
-def decode_folder(folder, names, size, cache, min_side=1, quiet=False):
+def decode_folder(folder, names, size, cache, quiet=False):
     """The images `names` as one memory-mapped uint8 (N, 3, size, size).
 
     They are decoded once, on all cores, into a .npy file in `cache` that is named by a hash of the files' names,
     sizes and times: a changed folder is decoded anew. Raises UserError naming every file that cannot be used.
     """
-    listing = json.dumps([min_side] + [(n, (stat := os.lstat(folder / n)).st_size, stat.st_mtime_ns) for n in names])
+    stats = [os.stat(path) if os.path.exists(path := folder / name) else os.lstat(path) for name in names]
+    listing = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)])
     path = cache / f"{folder.name}-{size}px-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
     if path.exists():
         return np.load(path, mmap_mode="c")
@@ -608,7 +611,7 @@ def decode_folder(folder, names, size, cache, min_side=1, quiet=False):
 
     def decode(name):
         try:
-            return decode_image(folder / name, size, min_side)
+            return decode_image(folder / name, size)
         except Exception as error:  # whatever a decoder raises on a broken file
             broken.append(f"{name} ({error if isinstance(error, ValueError) else type(error).__name__})")
 
@@ -621,7 +624,7 @@ def decode_folder(folder, names, size, cache, min_side=1, quiet=False):
             for first in range(0, len(names), 1024):  # a block at a time, so that memory is bounded
                 for pixels in pool.map(decode, names[first:first + 1024]):
                     file.write(b"" if pixels is None else pixels.tobytes())
-                progress(f"decoding {folder}: {first:,} of {len(names):,} images", first + 1024 >= len(names))
+                progress(f"decoding {folder}: {min(first + 1024, len(names)):,} of {len(names):,} images")
         if broken:
             raise UserError(f"{len(broken)} of {len(names)} images in {folder} cannot be used: "
                             f"{', '.join(sorted(broken))}; remove or replace them")
@@ -635,20 +638,19 @@ def decode_folder(folder, names, size, cache, min_side=1, quiet=False):
 
 
 def training_images(config, world, device):
-    """The images to pretrain on, on the GPU if they fit. Raises UserError if they are less than a batch."""
-    side = patch_side(config.image_size, config.image_size, config.patch_scale[0])
+    """The images to pretrain on, on the GPU if they fit. Raises UserError if they are fewer than a batch."""
     images, _ = leaders_first(  # one process per node decodes or downloads
-        lambda: load_images(config.dataset, config.data, "pretrain", config.image_size, config.cache, config.seed, side,
+        lambda: load_images(config.dataset, config.data, "pretrain", config.image_size, config.cache, config.seed,
                             quiet=world.rank > 0), world.local_rank == 0, world)
     if len(images) < config.batch_size:
-        raise UserError(f"{len(images)} images are less than one batch of {config.batch_size}; give more images or a "
+        raise UserError(f"{len(images)} images are fewer than one batch of {config.batch_size}; give more images or a "
                         f"smaller --batch-size")
     fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
     return images.to(device) if fits else images
 
 
-def batches(images, config, rows, device, start):
-    """Yield this process's images of each step from `start` on, on the device; a thread reads ahead."""
+def batches(images, config, rows, device, start, steps):
+    """Yield each step from `start` on and this process's images of it, on the device; a thread reads ahead."""
     N, B = len(images), config.batch_size
 
     @functools.lru_cache(maxsize=1)
@@ -659,36 +661,37 @@ def batches(images, config, rows, device, start):
         epoch, batch = divmod(step, N // B)  # an epoch's last, incomplete batch is left out
         chosen = images.index_select(0, order(epoch)[batch * B:(batch + 1) * B][rows])
         if device.type == "cuda" and not chosen.is_cuda:
-            with torch.cuda.device(device):  # a new thread begins on the first GPU, and would pin memory there
+            with torch.cuda.device(device):  # a new thread starts with the first GPU, and would occupy memory there
                 chosen = chosen.pin_memory()
         return chosen.to(device, non_blocking=True)
 
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(read, start)
-        for step in itertools.count(start + 1):
-            batch, ahead = ahead.result(), thread.submit(read, step)
-            yield batch
+        for step in range(start, steps):
+            batch, ahead = ahead.result(), thread.submit(read, step + 1)
+            yield step, batch
 
 
 # --------------------------------------------------------------------------------------------------
-# The demo's world
+# The demo's images
 #
-# Images whose truth is known. An image is a grid of 5 x 5 cells, each holding one of 24 types of
-# part: 6 families (gratings, checks, rings, spokes, polygons, meshes) in 4 levels of detail. A class
-# is one family in all levels, or one level in all families. So each part belongs to two classes and
-# cannot tell which, and the mix of all parts can. Colours, contrast, angle, phase and noise tell nothing.
+# Generated, so that the truth is known. An image is a grid of 5 x 5 cells, each holding one of 24
+# types of part: 6 families (gratings, checks, rings, spokes, polygons, meshes) in 4 levels of detail. A
+# class is one family in all levels, or one level in all families. So a single part is ambiguous
+# between two classes, and only the mix of parts tells the class. Colour, contrast, angle, phase and
+# noise are independent of it.
 
 DEMO_CELLS = 5
 DEMO_COUNTS = {"pretrain": 16_000, "train": 1_000, "test": 2_000}
 
 
-def demo_world():
+def demo_probabilities():
     """p(part | class), float64 (10, 24): uniform over the class's 4 or 6 parts, with 1 cell in 20 from any."""
     parts = np.arange(24).reshape(6, 4)  # families by levels
-    world = np.full((10, 24), 0.05 / 24)
+    p = np.full((10, 24), 0.05 / 24)
     for label, its_parts in enumerate([*parts, *parts.T]):
-        world[label, its_parts] += 0.95 / len(its_parts)
-    return world
+        p[label, its_parts] += 0.95 / len(its_parts)
+    return p
 
 
 def render_part(part, side, rng, count):
@@ -715,13 +718,13 @@ def render_part(part, side, rng, count):
 
 
 def demo_images(count, image_size, seed):
-    """Draw images of the demo's world: uint8 (N, 3, S, S), class (N,) and parts (N, 5, 5), int64."""
+    """Draw images of the demo: uint8 (N, 3, S, S), class (N,) and parts (N, 5, 5), int64."""
     if image_size % DEMO_CELLS:
         raise UserError(f"the demo's images are {DEMO_CELLS} cells wide: --image-size must be a multiple of "
                         f"{DEMO_CELLS}, not {image_size}")
     rng, side = np.random.default_rng(seed), image_size // DEMO_CELLS
     labels = rng.integers(10, size=count)
-    cumulative = demo_world().cumsum(1)[labels][:, None, None]  # (N, 1, 1, 24)
+    cumulative = demo_probabilities().cumsum(1)[labels][:, None, None]  # (N, 1, 1, 24)
     parts = (rng.random((count, DEMO_CELLS, DEMO_CELLS, 1)) > cumulative[..., :-1]).sum(-1)  # (N, 5, 5)
     cells = np.empty((*parts.shape, 3, side, side), np.uint8)
     for part in range(24):
@@ -747,7 +750,7 @@ class World:
 
 
 class Gather(torch.autograd.Function):
-    """Every process's rows, concatenated. The gradients of a row are summed on the process it came from."""
+    """Forward: all-gather, every process's rows, concatenated. Backward: reduce-scatter, the sum of their gradients."""
 
     @staticmethod
     def forward(ctx, x):
@@ -770,7 +773,7 @@ def gather(x):
 class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm1d or 2d with statistics over the batches of all processes, which must be equally large.
 
-    torch's SyncBatchNorm refuses CPUs, makes the host wait for the GPU, and ends a compiled graph in every layer.
+    torch's SyncBatchNorm refuses CPUs, and in every layer waits for the GPU and breaks a compiled graph.
     """
 
     def _check_input_dim(self, x):
@@ -806,7 +809,7 @@ class Normalize(torch.autograd.Function):
             gradient, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True])
         sums = torch.stack(totals)  # of gradient * (x - mean) / sqrt(var + eps), and of gradient
         dist.all_reduce(sums)
-        # What flows back through mean and var has the form of a normalisation too.
+        # The gradient through mean and var is affine in the normalised x, which F.batch_norm computes too.
         scale, shift = sums * weight * (var + ctx.eps).rsqrt() * x.shape[1] / (dist.get_world_size() * x.numel())
         return x_gradient - F.batch_norm(x, mean, var, scale, shift, eps=ctx.eps), None, None, *totals, None
 
@@ -817,7 +820,7 @@ def parallelize_and_compile(encoder, views, config, world, device):
         encoder = nn.parallel.DistributedDataParallel(  # starts all processes with the first one's weights
             encoder, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
-        encoder, views = torch.compile(encoder), torch.compile(views)  # around DDP, whose overlap is kept
+        encoder, views = torch.compile(encoder), torch.compile(views)  # DDP included: it still overlaps
     return encoder, views
 
 
@@ -844,7 +847,7 @@ def join(world, device):
 
 
 def leaders_first(function, leads, world):
-    """function() on the leading processes, then on the others, which wait up to a day."""
+    """Run function() on the leading processes first, then on the others, which wait for up to a day."""
     if world.size == 1:
         return function()
     waiting = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # other groups give up in minutes
@@ -881,12 +884,13 @@ LOOK_EVERY = 10  # steps; in between nothing waits for the device
 
 
 class Run:
-    """A run of training and its folder. It continues an interrupted run, and looks at every tenth step."""
+    """A run of training and its folder. It resumes an interrupted run; `look` is its part of each step."""
 
     def __init__(self, config, world, device, encoder, optimizer, steps, checkpoint):
         self.config, self.world, self.encoder, self.optimizer, self.steps = config, world, encoder, optimizer, steps
-        self.out, self.start = Path(config.out), checkpoint["step"] if checkpoint else 0
+        self.out, self.start = Path(config.out), 0
         if checkpoint:
+            self.start = checkpoint["step"]
             encoder.load_state_dict(checkpoint["encoder"])
             optimizer.load_state_dict(checkpoint["optimizer"])
         if world.size > 1:
@@ -916,13 +920,13 @@ class Run:
             signal.signal(number, handler)
 
     def note(self, number, _):
-        """Remember a signal for the next look. More of them change nothing: torchrun repeats those of a terminal."""
+        """Remember a signal for the next look. Repeated ones are ignored, since torchrun forwards Ctrl-C again."""
         if self.world.rank == 0 and not self.signals:
             os.write(2, f"stopping within {LOOK_EVERY} steps, after a checkpoint; Ctrl-\\ stops without\n".encode())
         self.signals.append(number)
 
     def look(self, step, loss, terms, norm, h):
-        """Add up a step's numbers; every tenth step stop at bad ones, log, save if it is time, obey a signal."""
+        """Add up a step's numbers; every tenth step check and log their means, save if it is time, obey a signal."""
         self.sums += torch.stack([loss.detach(), *terms.values(), norm, (norm > self.config.clip).float()])
         done, last = step + 1, step + 1 == self.steps
         if done % LOOK_EVERY and not last:
@@ -932,7 +936,7 @@ class Run:
         numbers = torch.cat([self.sums / (done - self.looked), flags])
         if self.world.size > 1:  # so that all processes decide alike
             dist.all_reduce(numbers)
-        *means, stop, due = (numbers / self.world.size).tolist()
+        *means, stop, due = (numbers / self.world.size).tolist()  # the last two are not 0 if any process says so
         means = dict(zip(("loss", *terms, "gradient_norm", "clipped"), means))
         if not math.isfinite(means["loss"] + means["gradient_norm"]):
             raise FloatingPointError(
@@ -956,12 +960,13 @@ class Run:
         """Add a line to log.jsonl; every few seconds, show it, with the speed and the embeddings' effective rank."""
         entry, now = {"step": done, **means, "lr": self.optimizer.param_groups[0]["lr"]}, time.monotonic()
         if done == self.steps or now - self.shown > 5:
-            self.shown, seconds, rank = now, (now - self.begun) / (done - self.start), effective_rank(h)  # s per step
+            self.shown, rank = now, effective_rank(h)
+            seconds = (now - self.begun) / (done - self.start)  # per step
             rate = self.config.batch_size * self.config.num_patches / seconds
             entry |= {"effective_rank": rank, "patches_per_s": rate}
             self.progress("step {step}/{}  {} left  loss {loss:.3f} (inv {inv:.3f}  var {var:.3f}  cov {cov:.3f})  "
-                          "effective rank {:.0f}/{}  {:,.0f} patches/s".format(
-                              self.steps, clock(seconds * (self.steps - done)), rank, h.shape[1], rate, **entry),
+                          "effective rank {:.0f}  {:,.0f} patches/s".format(
+                              self.steps, clock(seconds * (self.steps - done)), rank, rate, **entry),
                           last=done == self.steps)
             if rank < 2 and done > self.config.warmup * self.steps and not self.warned:
                 self.warned = True
@@ -977,10 +982,9 @@ class Run:
             dist.barrier()
 
     def finish(self):
-        """Write backbone.pt, unless the run was complete already, and say what to do next."""
-        if self.start < self.steps or not (self.out / "backbone.pt").exists():
-            self.save("backbone.pt", self.encoder.backbone.state_dict())
-        if self.world.rank == 0:
+        """Write backbone.pt and say what to do next."""
+        self.save("backbone.pt", self.encoder.backbone.state_dict())
+        if self.world.rank == 0 and self.start < self.steps:
             print(f"trained for {clock(time.monotonic() - self.begun)}; saved {self.out}/checkpoint.pt and "
                   f"{self.out}/backbone.pt\nprobe it: python eval_linear.py --checkpoint {self.out}/checkpoint.pt")
 
@@ -993,7 +997,7 @@ def print_plan(config, world, device, encoder, steps, start):
     print(f"patches: {config.num_patches} of {cut} from each image of {config.image_size} x {config.image_size}"
           + f", resized to {config.patch_size} x {config.patch_size}" * (config.patch_size > 0))
     if config.dataset == "demo" and not config.data:
-        print(f"         one part tells the class in {demo_world().max(0).sum() / 10:.1%} of cases at best")
+        print(f"         one part tells the class in {demo_probabilities().max(0).sum() / 10:.1%} of cases at best")
     print(f"model:   {config.arch}, {sizes[0]:.1f} M parameters, projector {sizes[1]:.1f} M; "
           f"{'bfloat16' if has_bf16(device) else 'float32'} on {device.type}, processes: {world.size}")
     patches = steps * config.batch_size * config.num_patches
@@ -1003,16 +1007,15 @@ def print_plan(config, world, device, encoder, steps, start):
 
 
 class Progress:
-    """A line that overwrites itself on a terminal; elsewhere a line every 30 seconds."""
+    """A line of progress, at most one in 20 seconds, and the last."""
 
     def __init__(self, quiet=False):
-        self.next, self.terminal = math.inf if quiet else 0.0, sys.stdout.isatty()
+        self.quiet, self.next = quiet, 0.0
 
     def __call__(self, text, last=False):
-        if time.monotonic() > self.next or last and self.next < math.inf:
-            self.next = time.monotonic() + (0.2 if self.terminal else 30)
-            text = f"\r\x1b[K{text[:shutil.get_terminal_size().columns - 1]}" if self.terminal else text
-            print(text, end="" if self.terminal and not last else "\n", flush=True)
+        if not self.quiet and (last or time.monotonic() > self.next):
+            self.next = time.monotonic() + 20
+            print(text, flush=True)
 
 
 def clock(seconds):
@@ -1021,7 +1024,7 @@ def clock(seconds):
 
 
 def effective_rank(h):
-    """exp of the entropy of the singular values of centred h (N, D): 1 when collapsed, at most D."""
+    """exp of the entropy of the singular values of centred h (N, D): 1 when collapsed, at most min(N - 1, D)."""
     h = h.detach()[:1024].float().cpu()  # not every device has eigvalsh
     h = h - h.mean(0)
     squares = torch.linalg.eigvalsh(h.T @ h if len(h) > h.shape[1] else h @ h.T)  # far cheaper than an SVD
@@ -1030,14 +1033,14 @@ def effective_rank(h):
 
 
 def settings_of(config):
-    """What makes a run this run, as plain JSON values: the config without where and how fast it runs."""
+    """The settings that must match for a run to be resumed, as plain JSON values."""
     plain = json.loads(json.dumps(dataclasses.asdict(config)))
     return {name: value for name, value in plain.items()
             if name not in ("preset", "out", "cache", "device", "compile", "save_every")}
 
 
 def open_run(config, world):
-    """The checkpoint of the run in config.out, if it is this run; None for a new run, whose folder is made."""
+    """The last checkpoint of the run in config.out, None if it has none yet; makes the folder of a new run."""
     out, settings = Path(config.out), settings_of(config)
     if (out / "config.json").is_file():
         there = json.loads((out / "config.json").read_text())
@@ -1084,8 +1087,8 @@ def load_checkpoint(path):
     except Exception as error:  # whatever torch raises on a damaged or foreign file
         raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__} on reading it); "
                         f"give a checkpoint.pt that bagssl.py wrote") from error
-    fields = isinstance(checkpoint, dict) and {"encoder", "step"} <= checkpoint.keys() and checkpoint.get("config")
-    if not fields or not fields.keys() <= Config.__dataclass_fields__.keys():
+    if (not isinstance(checkpoint, dict) or not {"config", "encoder", "optimizer", "step"} <= checkpoint.keys()
+            or not checkpoint["config"].keys() <= Config.__dataclass_fields__.keys()):
         raise UserError(f"{path} is not a checkpoint of this version of bagssl.py; give another, or train again")
     return checkpoint
 
@@ -1124,9 +1127,9 @@ def parse_config(argv=None):
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "auto")
     if preset == "auto":
-        preset = "cifar10" if torch.cuda.is_available() else "demo"
+        preset = "cifar10" if torch.cuda.is_available() and given.get("device", "cuda") == "cuda" else "demo"
         if World().rank == 0:
-            print(f"preset {preset}, since CUDA is {'' if preset == 'cifar10' else 'not '}available; "
+            print(f"preset {preset}, since CUDA is {'' if preset == 'cifar10' else 'not '}used; "
                   f"--preset chooses among {', '.join(PRESETS)}")
     if preset not in PRESETS:
         raise UserError(f"no preset {preset!r}; there are auto, {', '.join(PRESETS)}")
@@ -1135,12 +1138,12 @@ def parse_config(argv=None):
 
 
 def check_config(c, processes):
-    """Raise UserError at the first setting that cannot be."""
+    """Raise UserError at the first invalid setting."""
     for field in dataclasses.fields(c):
         value = getattr(c, field.name)
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, str) and not 0 <= number < 2 ** 31:
-                raise UserError(f"--{field.name.replace('_', '-')} must be a number from 0 up, not {number}")
+                raise UserError(f"--{field.name.replace('_', '-')} must be a number from 0 to 2^31, not {number}")
     side, least = c.patch_size or round(math.sqrt(c.patch_scale[0]) * c.image_size), 7 * c.stem_stride + 3
     scales, archs = " ".join(f"{s:g}" for s in c.patch_scale), ("patchnet", "resnet18", "resnet34", "resnet50")
     rules = [
@@ -1169,14 +1172,14 @@ def check_config(c, processes):
             raise UserError(sentence)
 
 
-def run(main):
-    """Call main(); an error that a person can mend becomes one sentence on stderr and exit code 2."""
+def run_cli(main):
+    """Call main(); an error that a person can fix becomes one sentence on stderr and exit code 2."""
     try:
         main()
     except (UserError, FloatingPointError, RuntimeError, MemoryError) as error:
         sentence = str(error)
         if not isinstance(error, (UserError, FloatingPointError)):
-            if "memory" not in sentence and not isinstance(error, MemoryError):
+            if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", sentence):
                 raise
             sentence = f"out of memory ({sentence.partition(chr(10))[0]}); give a smaller --batch-size or --num-patches"
         if World().local_rank > 0:
@@ -1199,4 +1202,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_cli(main)

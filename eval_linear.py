@@ -54,7 +54,7 @@ def embed(embedder, images, device, world, name="", block=256):
         with bagssl.autocast(device):
             features.append(embedder(images[rows].to(device)).float().cpu())
         done = min(len(images), len(features) * block * world.size)
-        progress(f"{name}: {done:,} of {len(images):,} images", last=progress.terminal and done == len(images))
+        progress(f"{name}: {done:,} of {len(images):,} images")
     features = torch.cat(features)
     if world.size > 1:
         parts = [torch.empty_like(features) for _ in range(world.size)] if world.rank == 0 else None
@@ -247,12 +247,11 @@ def check_arguments(arguments):
         raise UserError(f"a checkpoint of another project does not say how it was trained: give {', '.join(needed)}")
 
 
-def load_split(config, arguments, split, scale, world):
+def load_split(config, arguments, split, world):
     """The images and labels of a split, as many as the arguments say, drawn at random."""
-    side = bagssl.patch_side(config.image_size, config.image_size, scale)
     images, labels = bagssl.leaders_first(
         lambda: bagssl.load_images(config.dataset, config.data, split, config.image_size, config.cache, config.seed,
-                                   side, quiet=world.rank > 0), world.local_rank == 0, world)
+                                   quiet=world.rank > 0), world.local_rank == 0, world)
     limit = getattr(arguments, f"{split}_images")
     if limit:
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit]
@@ -278,8 +277,8 @@ def main():
     device = bagssl.pick_device(arguments.device or config.device, world.local_rank)
     bagssl.join(world, device)
     scale, size, whole_size = view_sizes(config, arguments)
-    train_images, train_labels = load_split(config, arguments, "train", scale, world)
-    test_images, test_labels = load_split(config, arguments, "test", scale, world)
+    train_images, train_labels = load_split(config, arguments, "train", world)
+    test_images, test_labels = load_split(config, arguments, "test", world)
 
     trained, untrained = trained.backbone.to(device), untrained.backbone.to(device)
     sides = sorted({math.isqrt(n) for n in arguments.patches})
@@ -313,4 +312,4 @@ def main():
 
 
 if __name__ == "__main__":
-    bagssl.run(main)
+    bagssl.run_cli(main)

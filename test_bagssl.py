@@ -53,7 +53,7 @@ def in_process(monkeypatch):
     def run(*arguments, script=bagssl):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
         try:
-            bagssl.run(script.main)
+            bagssl.run_cli(script.main)
         except SystemExit as ended:
             return ended.code
     return run
@@ -504,7 +504,8 @@ def fashion(monkeypatch, tmp_path):
 def test_torchvision_sets(tmp_path, fashion, monkeypatch, capsys):
     with pytest.raises(bagssl.UserError, match="no FashionMNIST in data .* be downloaded .* --data.* --preset demo"):
         bagssl.load_images("fashionmnist", "", "test", 28)
-    assert FakeSet.asked == [("data", flag, {"train": False}) for flag in (False, True)]
+    assert FakeSet.asked == [(place, download, {"train": False}) for place, download in (
+        ("data", False), ("data/fashionmnist", False), ("data", True))]
     monkeypatch.setattr(FakeSet, "there", True)
     images, labels = bagssl.load_images("fashionmnist", tmp_path, "train", 28)
     assert torch.equal(images[:, 1], torch.from_numpy(FakeSet(tmp_path, False).data)) and images.shape == (2, 3, 28, 28)
@@ -548,7 +549,7 @@ def test_cifar10_as_torchvision_keeps_it(tmp_path):
 
 def test_demo_world_is_what_it_says():
     images, labels, parts = bagssl.demo_images(20_000, 5, seed=3)  # cells of one pixel: the drawing is not needed
-    world = bagssl.demo_world()
+    world = bagssl.demo_probabilities()
     assert world.shape == (10, 24) and np.allclose(world.sum(1), 1)
     for label in range(10):
         drawn = np.bincount(parts[labels == label].ravel(), minlength=24) / (25 * (labels == label).sum())
@@ -676,7 +677,7 @@ while True:
     if kills == 10:
         sys.argv[-1] = "5"  # minutes between checkpoints, for the rest
     if not (child := os.fork()):
-        os._exit(bagssl.run(bagssl.main) or 0)
+        os._exit(bagssl.run_cli(bagssl.main) or 0)
     before = written()
     while kills < 10 and written() in (None, before):  # until it has gone on from where it was
         time.sleep(0.01)
@@ -728,7 +729,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tiny_run, tmp_path, number, code,
 # The command line with changes, for torchrun to start.
 def script(path, changes):
     path.write_text(f"import os, signal, sys, time\nsys.path.insert(0, {str(HERE)!r})\nimport torch, bagssl\n"
-                    f"{changes}\nbagssl.run(bagssl.main)\n")
+                    f"{changes}\nbagssl.run_cli(bagssl.main)\n")
     return path
 
 
@@ -1089,7 +1090,7 @@ def test_a_published_checkpoint_is_probed(tiny_run, tmp_path):
 
 def test_the_demo_learns(tmp_path):
     """A third of the demo: its bag beats the same network untrained, and one patch, by more than chance moves them."""
-    fewer = "import bagssl, eval_linear; bagssl.DEMO_COUNTS.update(pretrain=6_400, test=1000); bagssl.run({}.main)"
+    fewer = "import bagssl, eval_linear; bagssl.DEMO_COUNTS.update(pretrain=6_400, test=1000); bagssl.run_cli({}.main)"
     for name, arguments in (("bagssl", ["--preset", "demo", "--out", tmp_path, "--device", "cpu"]),
                             ("eval_linear", ["--checkpoint", tmp_path / "checkpoint.pt", "--patches", "1", "16"])):
         finished = command("-c", fewer.format(name), *arguments, script="", timeout=1200, OMP_NUM_THREADS="2")
@@ -1194,7 +1195,7 @@ def test_locality_changes_a_bag_alike_by_the_known_factors(monkeypatch):
 
 
 def test_part_similarity_of_one_who_knows_is_one(monkeypatch):
-    world = bagssl.demo_world()
+    world = bagssl.demo_probabilities()
     joint, p = world.T @ world / 10, world.mean(0)
     centre = np.eye(24) - 1 / 24
     values, vectors = np.linalg.eigh(centre @ np.log(joint / np.outer(p, p)) @ centre)
@@ -1215,7 +1216,7 @@ def test_part_similarity_of_one_who_knows_is_one(monkeypatch):
 def test_claims_are_printed_and_added_to_the_run(tiny_run, tmp_path, claim):
     checkpoint = torch.load(tiny_run[0] / "run/checkpoint.pt", weights_only=True)
     if claim == "cooccurrence":
-        checkpoint["config"]["data"] = ""  # as if trained on the demo's world
+        checkpoint["config"]["data"] = ""  # as if trained on the demo
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
     (tmp_path / "eval.jsonl").write_text("an earlier table\n")
     finished = command(claim, "--checkpoint", tmp_path / "checkpoint.pt", script=".github/claims.py")
@@ -1237,7 +1238,7 @@ def test_claims_are_printed_and_added_to_the_run(tiny_run, tmp_path, claim):
 
 def test_claims_that_cannot_be_shown(tiny_run, tmp_path, refused):
     checkpoint = ("--checkpoint", tiny_run[0] / "run/checkpoint.pt", "--device", "cpu")
-    assert "only in the demo's world" in refused("cooccurrence", *checkpoint, script=claims)
+    assert "only in the demo" in refused("cooccurrence", *checkpoint, script=claims)
     assert "12 images are too few" in refused("locality", *checkpoint, "--test-images", 12, script=claims)
     assert "give more --test-images" in refused("parts", *checkpoint, "--test-images", 1, script=claims)
     assert "invalid choice" in refused("wholes", *checkpoint, script=claims)
@@ -1270,11 +1271,11 @@ def test_profile_times_the_parts_and_leaves_nothing(tiny_run, tmp_path, processe
     (["--preset", "nonsense"], "no preset 'nonsense'"),
     (["--nonsense", "1"], "--nonsense"),
     (["--lr", "much"], "--lr"),
-    (["--lr", "inf"], "--lr must be a number from 0 up, not inf"),
+    (["--lr", "inf"], "--lr must be a number from 0 to 2^31, not inf"),
     (["--lr", "0"], "--lr and --clip must be above 0"),
-    (["--seed", "-1"], "--seed must be a number from 0 up, not -1"),
-    (["--weight-decay", "-5"], "--weight-decay must be a number from 0 up, not -5"),
-    (["--inv-weight", "nan"], "--inv-weight must be a number from 0 up, not nan"),
+    (["--seed", "-1"], "--seed must be a number from 0 to 2^31, not -1"),
+    (["--weight-decay", "-5"], "--weight-decay must be a number from 0 to 2^31, not -5"),
+    (["--inv-weight", "nan"], "--inv-weight must be a number from 0 to 2^31, not nan"),
     (["--save-every", "nan"], "--save-every must be"),
     (["--arch", "vit"], "no --arch vit"),
     (["--stem-stride", "4"], "--stem-stride is 1 or 2, or 4 for a resnet"),
@@ -1322,11 +1323,11 @@ def test_bad_images(tmp_path, refused, in_process, capsys):
     write_image(folder / "small.png", size=(6, 50))
     sentence = refused(*TINY, "--data", folder, "--out", tmp_path / "run")
     assert "4 of 16 images" in sentence and "bad1.png (UnidentifiedImageError), bad2.jpg" in sentence
-    assert "link.png (FileNotFoundError), small.png (6 pixels, less than a patch of 10)" in sentence
+    assert "link.png (FileNotFoundError), small.png (6 x 50 pixels show nothing)" in sentence
     for name in ("bad1.png", "bad2.jpg", "link.png", "small.png"):
         (folder / name).unlink()
     photos = [*TINY, "--data", folder, "--out", tmp_path / "run"]
-    assert "less than one batch of 64" in refused(*photos, "--batch-size", 64)
+    assert "fewer than one batch of 64" in refused(*photos, "--batch-size", 64)
     assert in_process(*photos) is None  # and a flat folder of photos trains
     assert f"images:  12 (pretrain) from {folder}" in capsys.readouterr().out
     assert "no labels to probe" in refused("--checkpoint", tmp_path / "run/checkpoint.pt", script=eval_linear)
@@ -1388,7 +1389,7 @@ def test_bad_checkpoints(tiny_run, tmp_path, refused):
             return os.system, (f"touch {tmp_path}/exploded",)
 
     torch.save(Bomb(), tmp_path / "bomb.pt")
-    torch.save({"config": {"an": "older field"}, "encoder": {}, "step": 1}, tmp_path / "old.pt")
+    torch.save({"config": {"an": "older field"}, "encoder": {}, "optimizer": {}, "step": 1}, tmp_path / "old.pt")
     for name, words in (("none.pt", "no checkpoint at"), ("cut.pt", "damaged"), ("foreign.pt", "not a checkpoint of"),
                         ("old.pt", "not a checkpoint of this version"), ("bomb.pt", "damaged")):
         assert words in refused("--checkpoint", tmp_path / name, script=eval_linear)

@@ -129,13 +129,13 @@ def profile(flags, warm_up=3, rounds=20):
         with part("projector"):
             return h, projector(h)
 
-    reading_ahead = bagssl.batches(images, config, mine, device, 0)
+    reading_ahead = bagssl.batches(images, config, mine, device, 0, sys.maxsize)
     for step in range(warm_up + rounds):
         if step == warm_up:
             times.clear()
-        reader = bagssl.batches(images, config, mine, device, step)  # new, so that it has read nothing ahead
+        reader = bagssl.batches(images, config, mine, device, step, sys.maxsize)  # new: it has read nothing ahead
         with part("load"):
-            batch = next(reader)
+            _, batch = next(reader)
         reader.close()  # waits for its thread, which has begun to read the next batch
         with part("crop + augment"):
             x = make_input(batch, step, config, views)
@@ -144,7 +144,7 @@ def profile(flags, warm_up=3, rounds=20):
             with part("gradient all-reduce"):
                 dist.all_reduce(gradients)
         with part("step"):
-            train_step(make_input(next(reading_ahead), step, config, views), model, optimizer, config)
+            train_step(make_input(next(reading_ahead)[1], step, config, views), model, optimizer, config)
         with part("step on a ready input"):
             train_step(x, model, optimizer, config)
     reading_ahead.close()
@@ -338,4 +338,4 @@ def main():
 
 
 if __name__ == "__main__":
-    bagssl.run(main)
+    bagssl.run_cli(main)

@@ -56,7 +56,7 @@ def cosine_to_parts(whole, bag, labels, seed=0):
 def show_parts(arguments, trained, untrained, config):
     """Print the cosines for bags of all sizes, of the trained and of the untrained network."""
     scale, size, whole_size = eval_linear.view_sizes(config, arguments)
-    images, labels = eval_linear.load_split(config, arguments, "test", scale, World())
+    images, labels = eval_linear.load_split(config, arguments, "test", World())
     results = []
 
     def embed(network, per_side, scale, size, name):
@@ -177,7 +177,7 @@ def show_locality(arguments, trained, untrained, config):
     if arguments.arch:
         raise UserError("locality compares h with the projection z, which this checkpoint lacks; give one of bagssl.py")
     scale, size, _ = eval_linear.view_sizes(config, arguments)
-    images, labels = eval_linear.load_split(config, arguments, "test", scale, World())
+    images, labels = eval_linear.load_split(config, arguments, "test", World())
     if len(images) < 20:
         raise UserError(f"locality fits regressions, for which {len(images)} images are too few; give 20 or more")
     results, factors = locality(trained, images, labels, scale, size), [*FACTORS, "class"]
@@ -193,7 +193,7 @@ def show_locality(arguments, trained, untrained, config):
 
 # --------------------------------------------------------------------------------------------------
 # Inner products in z tell what occurs together (the paper's section 3), where the truth is known: in
-# the demo's world
+# the demo
 
 
 def part_similarity(encoder, image_size, seed=0, count=400, size=None):
@@ -202,7 +202,7 @@ def part_similarity(encoder, image_size, seed=0, count=400, size=None):
     Learned: the inner product of the types' mean projections z, centred. True: log p(a, b) / (p(a) p(b)).
     The parts are the cells of `count` images of their own, resized to `size` if given.
     """
-    world = torch.from_numpy(bagssl.demo_world())  # p(part | class), (10, 24)
+    world = torch.from_numpy(bagssl.demo_probabilities())  # p(part | class), (10, 24)
     joint, marginal = world.T @ world / len(world), world.mean(0)
     truth = (joint / (marginal[:, None] * marginal)).log()
     images, _, parts = bagssl.demo_images(count, image_size, (seed, len(bagssl.DEMO_COUNTS)))  # splits come before
@@ -217,7 +217,7 @@ def part_similarity(encoder, image_size, seed=0, count=400, size=None):
 def show_cooccurrence(arguments, trained, untrained, config):
     """Print the correlation of learned and true similarity in the trained and in the untrained network."""
     if config.dataset != "demo" or config.data:
-        raise UserError(f"the true co-occurrence is known only in the demo's world, which {arguments.checkpoint} was "
+        raise UserError(f"the true co-occurrence is known only in the demo, which {arguments.checkpoint} was "
                         f"not trained on; give a checkpoint of --preset demo, and no --data")
     results = {name: part_similarity(network, config.image_size, config.seed, size=config.patch_size or None)
                for name, network in (("trained", trained), ("untrained", untrained))}
@@ -245,4 +245,4 @@ def main():
 
 
 if __name__ == "__main__":
-    bagssl.run(main)
+    bagssl.run_cli(main)
