@@ -420,14 +420,12 @@ class BagOfPatches(nn.Module):
         self.backbone, self.chunk = backbone, chunk
         self.per_side, self.scale, self.size = per_side, scale, size
 
-    def embed(self, patches):  # (N, 3, s, s) -> (N, D)
-        return self.backbone(normalize(patches).contiguous(memory_format=torch.channels_last)).float()
-
     def forward(self, images):
         bags = []
         for block in images.split(max(1, self.chunk // self.per_side ** 2)):
-            patches = grid_patches(block, self.per_side, self.scale, self.size).flatten(0, 1)
-            h = torch.cat([self.embed(some) for some in patches.split(self.chunk)])
+            patches = grid_patches(block, self.per_side, self.scale, self.size).flatten(0, 1)  # (b V, 3, s, s)
+            x = normalize(patches).contiguous(memory_format=torch.channels_last)
+            h = torch.cat([self.backbone(some).float() for some in x.split(self.chunk)])  # (b V, D)
             bags.append(h.unflatten(0, (len(block), -1)).mean(1))
         return torch.cat(bags)
 
@@ -824,11 +822,15 @@ def parallelize_and_compile(encoder, views, config, world, device):
     return encoder, views
 
 
-def pick_device(name, local_rank=0):
-    """The torch.device asked for, or the best there is. Raises UserError if it cannot be used."""
+def start_process(name):
+    """Join the processes of torchrun, if there are any: this process's `World`, and its device.
+
+    name: cuda, mps, cpu, or "" for the best there is. Raises UserError if the device cannot be used.
+    """
+    world = World()
     name = name or (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
     try:
-        device = torch.device("cuda", local_rank) if name == "cuda" else torch.device(name)
+        device = torch.device("cuda", world.local_rank) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name} cannot be used here ({str(error).splitlines()[0]}); "
@@ -836,14 +838,14 @@ def pick_device(name, local_rank=0):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TensorFloat-32, for the loss
-    return device
-
-
-def join(world, device):
-    """Meet the other processes, if torchrun started any."""
+        torch.set_float32_matmul_precision("high")  # TensorFloat-32, above all for the loss
     if world.size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        # torchrun --max-restarts keeps its store: without a prefix, a restart would find the old processes' addresses.
+        store, *_ = next(dist.rendezvous("env://"))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=world.rank,
+                                world_size=world.size, store=dist.PrefixStore(
+                                    f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store))
+    return world, device
 
 
 def leaders_first(function, leads, world):
@@ -966,7 +968,7 @@ class Run:
             entry |= {"effective_rank": rank, "patches_per_s": rate}
             self.progress("step {step}/{}  {} left  loss {loss:.3f} (inv {inv:.3f}  var {var:.3f}  cov {cov:.3f})  "
                           "effective rank {:.0f}  {:,.0f} patches/s".format(
-                              self.steps, clock(seconds * (self.steps - done)), rank, rate, **entry),
+                              self.steps, timedelta(seconds=round(seconds * (self.steps - done))), rank, rate, **entry),
                           last=done == self.steps)
             if rank < 2 and done > self.config.warmup * self.steps and not self.warned:
                 self.warned = True
@@ -985,25 +987,23 @@ class Run:
         """Write backbone.pt and say what to do next."""
         self.save("backbone.pt", self.encoder.backbone.state_dict())
         if self.world.rank == 0 and self.start < self.steps:
-            print(f"trained for {clock(time.monotonic() - self.begun)}; saved {self.out}/checkpoint.pt and "
-                  f"{self.out}/backbone.pt\nprobe it: python eval_linear.py --checkpoint {self.out}/checkpoint.pt")
+            took = timedelta(seconds=round(time.monotonic() - self.begun))
+            print(f"trained for {took}; saved {self.out}/checkpoint.pt and {self.out}/backbone.pt\n"
+                  f"probe it: python eval_linear.py --checkpoint {self.out}/checkpoint.pt")
 
 
 def print_plan(config, world, device, encoder, steps, start):
     """What the run will do."""
     scale, side = config.patch_scale, patch_side(config.image_size, config.image_size, config.patch_scale[0])
-    cut = f"{side} x {side} pixels" if len(scale) == 1 else f"{scale[0]:g} to {scale[1]:g} of the area"
-    sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (encoder.backbone, encoder.projector)]
-    print(f"patches: {config.num_patches} of {cut} from each image of {config.image_size} x {config.image_size}"
-          + f", resized to {config.patch_size} x {config.patch_size}" * (config.patch_size > 0))
-    if config.dataset == "demo" and not config.data:
-        print(f"         one part tells the class in {demo_probabilities().max(0).sum() / 10:.1%} of cases at best")
-    print(f"model:   {config.arch}, {sizes[0]:.1f} M parameters, projector {sizes[1]:.1f} M; "
-          f"{'bfloat16' if has_bf16(device) else 'float32'} on {device.type}, processes: {world.size}")
-    patches = steps * config.batch_size * config.num_patches
-    print(f"run:     {config.epochs} epochs, {steps:,} steps, {patches:,} patches; {config.out}"
-          + f", continued at step {start}" * (0 < start < steps)
-          + ", complete already: give another --out for a new run" * (start == steps), flush=True)
+    patches = f"{side} x {side}" if len(scale) == 1 else f"{scale[0]:g} to {scale[1]:g} of the area"
+    size = f", resized to {config.patch_size} x {config.patch_size}" if config.patch_size else ""
+    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (encoder.backbone, encoder.projector)]
+    state = f"continued at step {start}" if start < steps else "complete already: give another --out for a new run"
+    print(f"patches: {config.num_patches} of {patches} per image of {config.image_size} x {config.image_size}{size}\n"
+          f"model:   {config.arch}, {millions[0]:.1f} M parameters, projector {millions[1]:.1f} M; "
+          f"{'bfloat16' if has_bf16(device) else 'float32'} on {device.type}, processes: {world.size}\n"
+          f"run:     {config.epochs} epochs, {steps:,} steps, {steps * config.batch_size * config.num_patches:,} "
+          f"patches; {config.out}{f', {state}' if start else ''}", flush=True)
 
 
 class Progress:
@@ -1016,11 +1016,6 @@ class Progress:
         if not self.quiet and (last or time.monotonic() > self.next):
             self.next = time.monotonic() + 20
             print(text, flush=True)
-
-
-def clock(seconds):
-    """Seconds as h:mm:ss."""
-    return str(timedelta(seconds=round(seconds)))
 
 
 def effective_rank(h):
@@ -1040,37 +1035,33 @@ def settings_of(config):
 
 
 def open_run(config, world):
-    """The last checkpoint of the run in config.out, None if it has none yet; makes the folder of a new run."""
+    """The last checkpoint of the run in config.out, None if it has none yet. Nothing is written."""
     out, settings = Path(config.out), settings_of(config)
     if (out / "config.json").is_file():
         there = json.loads((out / "config.json").read_text())
-        changed = [f"{name} was {there.get(name)}, is {settings[name]}"
-                   for name in settings if there.get(name) != settings[name]]
+        changed = [f"{name} was {there.get(name)}, is {value}" for name, value in settings.items()
+                   if there.get(name) != value]
         if changed:
             raise UserError(f"{out} holds a run of another config ({'; '.join(changed)}); "
                             f"give another --out, or remove that folder")
-        return load_checkpoint(out / "checkpoint.pt") if (out / "checkpoint.pt").exists() else None
-    if world.rank == 0:
-        if out.is_file() or out.is_dir() and any(out.glob("[!.]*")):
-            raise UserError(f"{out} exists and holds no run of bagssl.py; give another --out")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {out} ({error.strerror}); give another --out") from error
-    return None
+    elif world.rank == 0 and out.is_dir() and any(out.glob("[!.]*")):
+        raise UserError(f"{out} exists and holds no run of bagssl.py; give another --out")
+    return load_checkpoint(out / "checkpoint.pt") if (out / "checkpoint.pt").exists() else None
 
 
 def save_atomically(path, content):
     """Save bytes, or what torch.save takes, under another name, flush, rename: `path` never holds half of it."""
     unfinished = path.with_name(f".{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             file.write(content) if isinstance(content, bytes) else torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
-        unfinished.unlink(missing_ok=True)
+        if unfinished.is_file():
+            unfinished.unlink()
         raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); make room there, or give another --out. "
                         f"What was saved before is whole") from error
 
@@ -1194,11 +1185,9 @@ def run_cli(main):
 
 
 def main():
-    world, config = World(), parse_config()
-    check_config(config, world.size)
-    device = pick_device(config.device, world.local_rank)
-    join(world, device)
-    train(config, world, device)
+    config = parse_config()
+    check_config(config, World().size)
+    train(config, *start_process(config.device))
 
 
 if __name__ == "__main__":

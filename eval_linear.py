@@ -271,11 +271,10 @@ def save_results(arguments, show, **table):
 def main():
     parser = bagssl.Parser(prog="eval_linear.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     add_arguments(parser)
-    arguments, world = parser.parse_args(), bagssl.World()
+    arguments = parser.parse_args()
     check_arguments(arguments)
     trained, untrained, config = load_model(arguments)
-    device = bagssl.pick_device(arguments.device or config.device, world.local_rank)
-    bagssl.join(world, device)
+    world, device = bagssl.start_process(arguments.device or config.device)
     scale, size, whole_size = view_sizes(config, arguments)
     train_images, train_labels = load_split(config, arguments, "train", world)
     test_images, test_labels = load_split(config, arguments, "test", world)

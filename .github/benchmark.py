@@ -19,6 +19,7 @@ import re
 import sys
 import time
 from collections import defaultdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -101,8 +102,7 @@ def profile(flags, warm_up=3, rounds=20):
     """
     config = bagssl.parse_config(flags)
     bagssl.check_config(config, WORLD.size)
-    device = bagssl.pick_device(config.device, WORLD.local_rank)
-    bagssl.join(WORLD, device)
+    _, device = bagssl.start_process(config.device)
 
     images = bagssl.training_images(config, WORLD, device)
     steps = config.epochs * (len(images) // config.batch_size)
@@ -168,8 +168,8 @@ def profile(flags, warm_up=3, rounds=20):
         for name, seconds in parts.items():
             print(f"{name:22}{1e3 * seconds:8.1f}  {seconds / total:5.1%}")
         print(f"{'sum of the parts':22}{1e3 * total:8.1f}\n"
-              f"{'step':22}{1e3 * whole:8.1f}  {patches / whole:,.0f} patches/s, {bagssl.clock(steps * whole)} for the "
-              f"run of {steps:,} steps\n"
+              f"{'step':22}{1e3 * whole:8.1f}  {patches / whole:,.0f} patches/s, "
+              f"{timedelta(seconds=round(steps * whole))} for the run of {steps:,} steps\n"
               f"{'step on a ready input':22}{1e3 * ready:8.1f}  input adds {added:.1%}\n\n"
               f"{flop / 1e9:,.1f} GFLOP per step and process, {rate:,.0f} GFLOP/s: {rate / limit:.0%} of the "
               f"{limit:,.0f} of a large {str(dtype)[6:]} matrix product\n"
