@@ -3,16 +3,17 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.9", "torchvision>=0.24", "numpy>=1.26"]
 # ///
-"""Probe a BagSSL encoder: how well does the mean of n patch embeddings tell an image's class?
+"""Probe a BagSSL encoder: how well does the mean of n patch embeddings predict an image's class?
 
     python eval_linear.py --checkpoint runs/demo/checkpoint.pt
     torchrun --standalone --nproc_per_node=8 eval_linear.py --checkpoint runs/imagenet/checkpoint.pt --patches 1 4 16 64
-    python eval_linear.py --checkpoint resnet50.pth --arch resnet50 --data FOLDER --image-size 224 --patch-scale 0.1
+    python eval_linear.py --checkpoint resnet50.pth --arch resnet50 --data FOLDER --image-size 224 --patch-scale 0.2 \
+        --patch-size 224
 
-For each n, and for the whole image in one forward pass: a linear probe (softmax regression on the
-frozen features) and a weighted nearest-neighbour vote. Two controls show what of it was learned:
-the same network untrained, and raw pixels. The probe's regularisation is chosen on a tenth of the
-training images held out for it; the test images are used once, for the figures printed.
+For each n, and for the whole image in one forward pass, it reports the accuracy of a linear probe
+(softmax regression on frozen features) and of a weighted nearest-neighbour vote. Two controls show how
+much of it was learned: the same network untrained, and raw pixels. The probe's weight decay is chosen
+on a held-out tenth of the training images; test images serve only for the accuracies reported.
 """
 
 import argparse
@@ -34,7 +35,7 @@ from bagssl import BagOfPatches, Encoder, UserError
 
 
 class Pixels(torch.nn.Module):
-    """The control that learned nothing: images (B, 3, H, W), made at most 32 x 32, as (B, 3 * side * side)."""
+    """Raw pixels: images (B, 3, H, W), resized to at most 32 x 32, flattened to (B, 3 * side * side)."""
 
     def forward(self, images):
         side = min(32, images.shape[-1])
@@ -45,10 +46,10 @@ class Pixels(torch.nn.Module):
 def embed(embedder, images, device, world, name="", block=256):
     """Run an embedder, (B, 3, H, W) -> (B, D), over uint8 images (N, 3, H, W): float32 (N, D), on the CPU.
 
-    Under torchrun each process takes a part; the first one gets all, the others None.
+    Under torchrun each process embeds a part; rank 0 returns all features, the others None.
     """
     part = math.ceil(len(images) / world.size)
-    mine = torch.arange(world.rank * part, (world.rank + 1) * part).clamp(max=len(images) - 1)  # parts of one size
+    mine = torch.arange(world.rank * part, (world.rank + 1) * part).clamp(max=len(images) - 1)  # the last one padded
     features, progress = [], bagssl.Progress(quiet=world.rank > 0)
     for rows in mine.split(block):
         with bagssl.autocast(device):
@@ -70,13 +71,13 @@ def embed(embedder, images, device, world, name="", block=256):
 def fit_linear(features, labels, classes, decays, iterations=100, block=8192):
     """Softmax regression by L-BFGS: minimise cross entropy + decay / 2 ||W||^2, for several decays at once.
 
-    features: (N, D), standardised; on their principal axes few iterations are needed (see `linear_probe`).
+    features: (N, D), standardised and, to converge fast, rotated to their principal axes (see `linear_probe`).
     labels: int64 (N,). Returns (R, D + 1, classes) for R decays; the last row is the bias, not decayed.
     """
     decays = torch.tensor(decays, device=features.device)[:, None, None]
-    # The Hessian at zero is, along a dimension, its mean square / classes + decay: scaled to 1, all converge alike.
+    # Precondition: at zero the Hessian's diagonal is about mean(x^2) / classes + decay; rescale it to 1.
     scale = (features.square().mean(0)[:, None] / classes + decays).rsqrt()  # (R, D, 1)
-    scale = F.pad(scale, (0, 0, 0, 1), value=classes ** 0.5)  # and the bias's
+    scale = F.pad(scale, (0, 0, 0, 1), value=classes ** 0.5)  # the bias: mean(x^2) = 1, no decay
     scaled = torch.zeros(*scale.shape[:2], classes, device=features.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([scaled], max_iter=iterations, tolerance_change=1e-7, line_search_fn="strong_wolfe")
 
@@ -84,7 +85,7 @@ def fit_linear(features, labels, classes, decays, iterations=100, block=8192):
         optimizer.zero_grad()
         loss = (decays / 2 * (scaled * scale)[:, :-1].square()).sum()
         loss.backward()
-        for x, y in zip(features.split(block), labels.split(block)):  # bounded memory; one reading for all decays
+        for x, y in zip(features.split(block), labels.split(block)):  # bounded memory; one pass for all decays
             weight = (scaled * scale).transpose(0, 1)  # (D + 1, R, classes)
             scores = torch.addmm(weight[-1].flatten(), x, weight[:-1].flatten(1)).view(-1, classes)  # (n R, classes)
             part = F.cross_entropy(scores, y.repeat_interleave(len(decays)), reduction="sum") / len(features)
@@ -105,11 +106,14 @@ def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3
     """Accuracy of a linear probe: {"top1", "decay"} and, with more than ten classes, "top5", in per cent.
 
     train (N, D), test (M, D): features, standardised here by the training set's mean and deviation.
-    The decay is the best on a tenth of the training set, held out at random; then all of it is fitted.
+    The decay is the best on a random tenth of the training set, held out; then the probe is fitted to all of it.
+    Raises UserError on fewer than 10 training images.
     """
+    if len(train) < 10:
+        raise UserError(f"{len(train)} images are too few to fit a probe and choose its weight decay; give 10 or more")
     classes, mean, std = int(train_labels.max()) + 1, train.mean(0), train.std(0).clamp(min=1e-6)
     train, test = (train - mean) / std, (test - mean) / std
-    axes = torch.linalg.eigh(train.T @ train).eigenvectors
+    axes = torch.linalg.eigh((train.T @ train).cpu()).eigenvectors.to(train.device)  # not every device has eigh
     train, test = train @ axes, test @ axes  # a rotation: the penalty, and so the optimum, is the same
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(train.device)
     held, kept = order[:len(order) // 10], order[len(order) // 10:]
@@ -123,7 +127,7 @@ def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3
 
 
 def knn_probe(train, train_labels, test, test_labels, k=20, temperature=0.07, block=512):
-    """Accuracy, in per cent, of a vote of the k nearest by cosine, with weights exp(cosine / temperature).
+    """Accuracy, in per cent, of a vote of the k nearest by cosine, weighted by exp(cosine / temperature).
 
     Features and labels as for `linear_probe`, not standardised (Wu et al., 2018, section 3.4).
     """
@@ -151,9 +155,9 @@ def named_tensors(content, name=""):
 def load_published(path, arch):
     """The backbone of a ResNet as people publish it: (module in eval mode, its stem's stride, 1 or 4).
 
-    A ResNet's tensors come in one order with one list of shapes, whatever their names and whatever
-    they are wrapped in. They are found by that; of several networks (a momentum encoder, say) the first
-    is taken, and named. A stem of 3 x 3 is taken to have stride 1. Raises UserError if there is none.
+    The tensors are found by the sequence of their shapes, so names and nesting do not matter. If several
+    networks match (a momentum encoder, say), the first is taken, and named in a message. A stem of 3 x 3
+    is assumed to have stride 1. Raises UserError if nothing matches.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -173,7 +177,7 @@ def load_published(path, arch):
                 print(f"{path} holds {len(starts)} networks; the one from {found[0][0]} on is taken, not that from "
                       f"{', '.join(tensors[i][0] for i in starts[1:])}")
             return backbone.eval().to(memory_format=torch.channels_last), stride
-    raise UserError(f"{path} holds no {arch}: nowhere among its {len(tensors)} tensors are that network's in a row; "
+    raise UserError(f"{path} holds no {arch}: its {len(tensors)} tensors nowhere have that network's shapes; "
                     f"is --arch right?")
 
 
@@ -200,12 +204,14 @@ def load_model(arguments):
 def view_sizes(config, arguments):
     """How the network sees images: a patch's area fraction, its size or None, and the whole image's size or None.
 
-    A network trained at one scale sees the whole image at the magnification of its patches, others at their input size.
+    A network trained at one scale sees the whole image magnified as its patches are, others at their input size.
     """
     low, high = config.patch_scale[0], config.patch_scale[-1]
-    scale, size = arguments.patch_scale or (low + high) / 2, config.patch_size or None
+    scale = (low + high) / 2 if arguments.patch_scale is None else arguments.patch_scale
+    size = config.patch_size or None
     if size and low == high and not arguments.arch:
-        return scale, size, round(config.image_size * size / bagssl.patch_side(*2 * [config.image_size], scale))
+        native = bagssl.patch_side(config.image_size, config.image_size, scale)
+        return scale, size, round(config.image_size * size / native)
     return scale, size, size
 
 
@@ -216,11 +222,11 @@ def view_sizes(config, arguments):
 def add_arguments(parser):
     """The flags about the network and the images, for this script and .github/claims.py."""
     parser.add_argument("--checkpoint", required=True, help="checkpoint.pt of a run of bagssl.py; with --arch, any "
-                                                            "state dict of a torchvision ResNet")
+                                                            "published ResNet")
     parser.add_argument("--patches", type=int, nargs="+", default=[1, 4, 16], help="sizes of the bags, square numbers")
     parser.add_argument("--patch-scale", type=float, help="fraction of the image's area in a patch; default: as "
                                                           "trained, or the middle of the trained range")
-    parser.add_argument("--patch-size", type=int, help="side of the network's input; default: as trained")
+    parser.add_argument("--patch-size", type=int, help="side to resize patches to, 0: not resized; default: as trained")
     parser.add_argument("--image-size", type=int, help="side of the images; default: as trained")
     parser.add_argument("--arch", choices=["resnet18", "resnet34", "resnet50"],
                         help="the checkpoint is another project's: this network, with --data, --image-size and "
@@ -230,11 +236,11 @@ def add_arguments(parser):
     parser.add_argument("--train-images", type=int, default=0, help="fit the probes on this many images, drawn at "
                                                                     "random; default: all")
     parser.add_argument("--test-images", type=int, default=0, help="and test on this many; default: all")
-    parser.add_argument("--device", default="", help="default: cuda, else mps, else cpu")
+    parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best there is")
 
 
 def check_arguments(arguments):
-    """Raise UserError at the first argument that cannot be; `load_model` checks those that override the config's."""
+    """Raise UserError at the first invalid argument; `load_model` checks those that override the config's."""
     wrong = [n for n in arguments.patches if n < 1 or math.isqrt(n) ** 2 != n]
     if wrong:
         raise UserError(f"a bag is a square grid of patches: --patches takes 1, 4, 9, 16, ..., not {wrong[0]}")
@@ -274,7 +280,7 @@ def main():
     arguments = parser.parse_args()
     check_arguments(arguments)
     trained, untrained, config = load_model(arguments)
-    world, device = bagssl.start_process(arguments.device or config.device)
+    world, device = bagssl.start_process(arguments.device)
     scale, size, whole_size = view_sizes(config, arguments)
     train_images, train_labels = load_split(config, arguments, "train", world)
     test_images, test_labels = load_split(config, arguments, "test", world)
@@ -306,8 +312,8 @@ def main():
             print(f"{name:24}  {found['top1']:12.2f}{top5}  {found['knn']:5.2f}", flush=True)
             results.append({"features": name, **found})
     if world.rank == 0:
-        save_results(arguments, "probe", patch_scale=scale, patch_size=size, train_images=len(train_images),
-                     test_images=len(test_images), results=results)
+        save_results(arguments, "probe", data=config.data, image_size=config.image_size, patch_scale=scale,
+                     patch_size=size, train_images=len(train_images), test_images=len(test_images), results=results)
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def main():
     arguments = parser.parse_args()
     eval_linear.check_arguments(arguments)
     trained, untrained, config = eval_linear.load_model(arguments)
-    _, device = bagssl.start_process(arguments.device or config.device)
+    _, device = bagssl.start_process(arguments.device)
     table = CLAIMS[arguments.claim](arguments, trained.to(device), untrained.to(device), config)
     eval_linear.save_results(arguments, arguments.claim, **table)
 
