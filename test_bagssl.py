@@ -1216,7 +1216,7 @@ def test_part_similarity_of_one_who_knows_is_one(monkeypatch):
 def test_claims_are_printed_and_added_to_the_run(tiny_run, tmp_path, claim):
     checkpoint = torch.load(tiny_run[0] / "run/checkpoint.pt", weights_only=True)
     if claim == "cooccurrence":
-        checkpoint["config"]["data"] = ""  # as if trained on the demo
+        checkpoint["config"] |= {"data": "", "image_size": 50}  # as if trained on the demo
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
     (tmp_path / "eval.jsonl").write_text("an earlier table\n")
     finished = command(claim, "--checkpoint", tmp_path / "checkpoint.pt", script=".github/claims.py")

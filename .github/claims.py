@@ -10,6 +10,7 @@ h and z know of a patch? This also draws RUN/neighbours.png. cooccurrence: are p
 close in z? Each adds a line to RUN/eval.jsonl. It runs in one process, and uses no training images.
 """
 
+import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -219,6 +220,7 @@ def show_cooccurrence(arguments, trained, untrained, config):
     if config.dataset != "demo" or config.data:
         raise UserError(f"the true co-occurrence is known only in the demo, which {arguments.checkpoint} was "
                         f"not trained on; give a checkpoint of --preset demo, and no --data")
+    bagssl.check_config(dataclasses.replace(config, patch_scale=(bagssl.DEMO_CELLS ** -2,)), processes=1)  # the cells fit
     results = {name: part_similarity(network, config.image_size, config.seed, size=config.patch_size or None)
                for name, network in (("trained", trained), ("untrained", untrained))}
     print("correlation of part types' similarity in z with their true co-occurrence: "
