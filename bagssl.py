@@ -95,7 +95,7 @@ PRESETS = {
     "demo": dict(image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
     # Small batches take more steps in the same time. At an invariance weight of 25 z collapses early on.
-    "cifar10-cpu": dict(dataset="cifar10", batch_size=64, epochs=5, projector=(1024, 1024, 1024), inv_weight=10.0),
+    "cifar10-cpu": dict(dataset="cifar10", batch_size=64, epochs=17, projector=(1024, 1024, 1024), inv_weight=10.0),
     "cifar10": dict(dataset="cifar10", arch="resnet18"),
     "cifar100": dict(dataset="cifar100", arch="resnet18"),
     # The paper's setting: 32 x 32 pixels of 224 x 224.
@@ -287,34 +287,24 @@ def whitening_filters(images, epsilon=0.01):
     return torch.cat([filters, -filters])
 
 
-class Block(nn.Module):
-    """A convolution and pooling, (N, width_in, s, s) -> (N, width, s // 2, s // 2), then a residual convolution."""
-
-    def __init__(self, width_in, width):
-        super().__init__()
-        self.conv1, self.norm1 = nn.Conv2d(width_in, width, 3, padding=1, bias=False), BatchNorm(width)
-        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, padding=1, bias=False), BatchNorm(width)
-
-    def forward(self, x):
-        x = self.norm1(F.max_pool2d(self.conv1(x), 2)).relu()
-        return (x + self.norm2(self.conv2(x))).relu()
-
-
 class PatchNet(nn.Module):
-    """A backbone for patches of 10 to 32 pixels: standardised patches (N, 3, s, s) -> h (N, widths[-1]).
+    """A backbone for small patches: standardised patches (N, 3, s, s) -> h (N, widths[-1]).
 
-    A fixed layer of `whitening_filters`, three blocks, and the mean over the map. For patches of 16 x 16
-    pixels the sides of the maps are 14, 7, 3 and 1.
+    A fixed layer of `whitening_filters`, three convolutions of 3 x 3 and one of 1 x 1, and the mean over the map.
+    For patches of 16 x 16 pixels the map's side is 14 after the first layer, then 7, and 4 to the end.
     """
 
-    def __init__(self, widths=(64, 256, 512), stride=1):
+    def __init__(self, widths=(64, 128, 256, 1024), stride=1):
         super().__init__()
         self.width = widths[-1]
         self.whiten = nn.Conv2d(3, 54, 3, stride, bias=False).requires_grad_(False)
-        self.blocks = nn.Sequential(*(Block(*pair) for pair in zip((54, *widths), widths)))
+        layers = []
+        for width_in, width, kernel, step in zip((54, *widths), widths, (3, 3, 3, 1), (2, 2, 1, 1)):
+            layers += [nn.Conv2d(width_in, width, kernel, step, kernel // 2, bias=False), BatchNorm(width), nn.ReLU()]
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x):
-        return self.blocks(self.whiten(x).relu()).mean((2, 3))
+        return self.layers(self.whiten(x).relu()).mean((2, 3))
 
 
 def make_backbone(arch="patchnet", stem_stride=1):
@@ -453,10 +443,10 @@ def training_views(images, u, config):
     return normalize(patches).flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
 
-def train(config, world, device):
+def train(config, device):
     """Pretrain as `config` says; `config.out` gets config.json, log.jsonl, checkpoint.pt and backbone.pt."""
-    checkpoint = open_run(config, world)  # of an interrupted run, or None
-    images = training_images(config, world, device)  # uint8 (N, 3, S, S)
+    checkpoint = open_run(config)  # of an interrupted run, or None
+    images = training_images(config, device)  # uint8 (N, 3, S, S)
     torch.manual_seed(config.seed)
     encoder = Encoder(config.arch, config.stem_stride, config.projector)
     if config.arch == "patchnet":
@@ -466,12 +456,12 @@ def train(config, world, device):
     matrices = [p for p in encoder.parameters() if p.requires_grad and p.ndim > 1]
     optimizer = torch.optim.SGD([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=config.lr,
                                 momentum=0.9, nesterov=True, weight_decay=config.weight_decay, fused=True)
-    model, views = parallelize_and_compile(encoder, training_views, config, world, device)
+    model, views = parallelize_and_compile(encoder, training_views, config, device)
 
-    B, V, b = config.batch_size, config.num_patches, config.batch_size // world.size
-    mine = slice(world.rank * b, (world.rank + 1) * b)  # the rows of a batch that are this process's
+    B, V, b = config.batch_size, config.num_patches, config.batch_size // WORLD_SIZE
+    mine = slice(RANK * b, (RANK + 1) * b)  # the rows of a batch that are this process's
     steps = config.epochs * (len(images) // B)
-    with Run(config, world, device, encoder, optimizer, steps, checkpoint) as run:
+    with Run(config, device, encoder, optimizer, steps, checkpoint) as run:
         for step, batch in batches(images, config, mine, device, run.start, steps):
             u = torch.rand(B, V, 11, generator=generator_for(config.seed, "patches", step))[mine]
             x = views(batch, u.to(device), config)  # (b V, 3, s, s)
@@ -479,7 +469,7 @@ def train(config, world, device):
                 h, z = model(x)  # (b V, D), (b V, D')
             z = gather(z.unflatten(0, (-1, V)))  # (B, V, D')
             loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
-                                      rank=world.rank, world_size=world.size)
+                                      rank=RANK, world_size=WORLD_SIZE)
             optimizer.zero_grad()
             loss.backward()  # `gather` sums over processes and DDP divides: the gradient of the whole batch's loss
             norm = nn.utils.clip_grad_norm_(matrices + vectors, config.clip)  # the norm before clipping
@@ -562,7 +552,10 @@ def load_folder(folder, split, size, cache="", quiet=False):
         chosen = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
         if chosen is None or train == folder:
             raise UserError(f"{folder} has no train/ and val/ or test/ with class folders, which the probe needs")
-    names, labels = list_images(chosen), None
+    found = torchvision.datasets.folder.make_dataset(  # at any depth
+        str(chosen), {".": 0}, torchvision.datasets.folder.IMG_EXTENSIONS, allow_empty=True)
+    names, labels = sorted(os.path.relpath(path, chosen) for path, _ in found), None
+    names = [name for name in names if f"{os.sep}." not in os.sep + name]  # without hidden ones
     if not names:
         return None
     if split != "pretrain":
@@ -573,14 +566,6 @@ def load_folder(folder, split, size, cache="", quiet=False):
                             f"the same ones in train/ and in val/ or test/")
         labels = np.searchsorted(classes, its_classes)
     return decode_folder(chosen, names, size, Path(cache or folder / ".bagssl"), quiet), labels
-
-
-def list_images(folder):
-    """The sorted names, relative to `folder`, of the images at any depth below it; hidden ones are left out."""
-    found = torchvision.datasets.folder.make_dataset(str(folder), {".": 0}, torchvision.datasets.folder.IMG_EXTENSIONS,
-                                                     allow_empty=True)
-    names = [os.path.relpath(path, folder) for path, _ in found]
-    return sorted(name for name in names if f"{os.sep}." not in os.sep + name)
 
 
 def decode_image(path, size):
@@ -639,11 +624,11 @@ def decode_folder(folder, names, size, cache, quiet=False):
     return np.load(path, mmap_mode="c")
 
 
-def training_images(config, world, device):
+def training_images(config, device):
     """The images to pretrain on, on the GPU if they fit. Raises UserError if they are fewer than a batch."""
     images, _ = leaders_first(  # one process per node decodes or downloads
         lambda: load_images(config.dataset, config.data, "pretrain", config.image_size, config.cache, config.seed,
-                            quiet=world.rank > 0), world.local_rank == 0, world)
+                            quiet=RANK > 0), leads=LOCAL_RANK == 0)
     if len(images) < config.batch_size:
         raise UserError(f"{len(images)} images are fewer than one batch of {config.batch_size}; give more images or a "
                         f"smaller --batch-size")
@@ -742,13 +727,9 @@ def demo_images(count, image_size, seed):
 # the average of the weights' gradients (DistributedDataParallel).
 
 
-@dataclass
-class World:
-    """This process among those that torchrun started; the only one without torchrun."""
-
-    rank: int = int(os.environ.get("RANK", 0))
-    local_rank: int = int(os.environ.get("LOCAL_RANK", 0))
-    size: int = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))  # of this process among all
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among those of this machine
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Gather(torch.autograd.Function):
@@ -816,9 +797,9 @@ class Normalize(torch.autograd.Function):
         return x_gradient - F.batch_norm(x, mean, var, scale, shift, eps=ctx.eps), None, None, *totals, None
 
 
-def parallelize_and_compile(encoder, views, config, world, device):
+def parallelize_and_compile(encoder, views, config, device):
     """The encoder and `views` as training calls them: under DDP, and compiled if the config says so."""
-    if world.size > 1:
+    if WORLD_SIZE > 1:
         encoder = nn.parallel.DistributedDataParallel(  # starts all processes with the first one's weights
             encoder, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
@@ -827,14 +808,13 @@ def parallelize_and_compile(encoder, views, config, world, device):
 
 
 def start_process(name):
-    """Join the processes of torchrun, if there are any: this process's `World`, and its device.
+    """Join the processes of torchrun, if there are any, and return this process's device.
 
     name: cuda, mps, cpu, or "" for the best there is. Raises UserError if the device cannot be used.
     """
-    world = World()
     name = name or (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
     try:
-        device = torch.device("cuda", world.local_rank) if name == "cuda" else torch.device(name)
+        device = torch.device("cuda", LOCAL_RANK) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name} cannot be used here ({str(error).splitlines()[0]}); "
@@ -843,18 +823,18 @@ def start_process(name):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TensorFloat-32, above all for the loss
-    if world.size > 1:
+    if WORLD_SIZE > 1:
         # torchrun --max-restarts keeps its store: without a prefix, a restart would find the old processes' addresses.
         store, *_ = next(dist.rendezvous("env://"))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=world.rank,
-                                world_size=world.size, store=dist.PrefixStore(
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=RANK,
+                                world_size=WORLD_SIZE, store=dist.PrefixStore(
                                     f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store))
-    return world, device
+    return device
 
 
-def leaders_first(function, leads, world):
+def leaders_first(function, leads):
     """Run function() on the leading processes first, then on the others, which wait for up to a day."""
-    if world.size == 1:
+    if WORLD_SIZE == 1:
         return function()
     waiting = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # other groups give up in minutes
     if not leads:
@@ -892,21 +872,15 @@ LOOK_EVERY = 10  # steps; in between nothing waits for the device
 class Run:
     """A run of training and its folder. It resumes an interrupted run; `look` is its part of each step."""
 
-    def __init__(self, config, world, device, encoder, optimizer, steps, checkpoint):
-        self.config, self.world, self.encoder, self.optimizer, self.steps = config, world, encoder, optimizer, steps
+    def __init__(self, config, device, encoder, optimizer, steps, checkpoint):
+        self.config, self.encoder, self.optimizer, self.steps = config, encoder, optimizer, steps
         self.out, self.start = Path(config.out), 0
         if checkpoint:
             self.start = checkpoint["step"]
             encoder.load_state_dict(checkpoint["encoder"])
             optimizer.load_state_dict(checkpoint["optimizer"])
-        if world.size > 1:
-            starts = [None] * world.size
-            dist.all_gather_object(starts, self.start)
-            if len(set(starts)) > 1:
-                raise UserError(f"the processes would start at different steps, {', '.join(map(str, starts))}: give an "
-                                f"--out that all nodes share")
-        if world.rank == 0:
-            print_plan(config, world, device, encoder, steps, self.start)
+        if RANK == 0:
+            print_plan(config, device, encoder, steps, self.start)
             save_atomically(self.out / "config.json", json.dumps(settings_of(config), indent=1).encode())
             path, lines = self.out / "log.jsonl", []
             if path.exists():  # later lines will be written again
@@ -927,7 +901,7 @@ class Run:
 
     def note(self, number, _):
         """Remember a signal for the next look. Repeated ones are ignored, since torchrun forwards Ctrl-C again."""
-        if self.world.rank == 0 and not self.signals:
+        if RANK == 0 and not self.signals:
             os.write(2, f"stopping within {LOOK_EVERY} steps, after a checkpoint; Ctrl-\\ stops without\n".encode())
         self.signals.append(number)
 
@@ -937,12 +911,12 @@ class Run:
         done, last = step + 1, step + 1 == self.steps
         if done % LOOK_EVERY and not last:
             return
-        due = self.world.rank == 0 and time.monotonic() - self.saved > 60 * self.config.save_every
+        due = RANK == 0 and time.monotonic() - self.saved > 60 * self.config.save_every
         flags = torch.tensor([len(self.signals), due], dtype=torch.float32, device=self.sums.device)
         numbers = torch.cat([self.sums / (done - self.looked), flags])
-        if self.world.size > 1:  # so that all processes decide alike
+        if WORLD_SIZE > 1:  # so that all processes decide alike
             dist.all_reduce(numbers)
-        *means, stop, due = (numbers / self.world.size).tolist()  # the last two are not 0 if any process says so
+        *means, stop, due = (numbers / WORLD_SIZE).tolist()  # the last two are not 0 if any process says so
         means = dict(zip(("loss", *terms, "gradient_norm", "clipped"), means))
         if not math.isfinite(means["loss"] + means["gradient_norm"]):
             raise FloatingPointError(
@@ -951,14 +925,14 @@ class Run:
                 f"was saved before is untouched. Try a lower --lr with another --out")
         self.sums.zero_()
         self.looked = done
-        if self.world.rank == 0:
+        if RANK == 0:
             self.report(done, means, h)
         if last or stop or due:
             self.save("checkpoint.pt", {"config": dataclasses.asdict(self.config), "step": done,
                                         "encoder": self.encoder.state_dict(), "optimizer": self.optimizer.state_dict()})
             self.saved = time.monotonic()
         if stop and not last:
-            if self.world.rank == 0:
+            if RANK == 0:
                 print(f"stopped after step {done} of {self.steps} and saved; the same command continues", flush=True)
             sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
 
@@ -982,21 +956,21 @@ class Run:
 
     def save(self, name, content):
         """Write a file on the first process while the others wait: when one ends, torchrun ends those still writing."""
-        if self.world.rank == 0:
+        if RANK == 0:
             save_atomically(self.out / name, content)
-        if self.world.size > 1:
+        if WORLD_SIZE > 1:
             dist.barrier()
 
     def finish(self):
         """Write backbone.pt and say what to do next."""
         self.save("backbone.pt", self.encoder.backbone.state_dict())
-        if self.world.rank == 0 and self.start < self.steps:
+        if RANK == 0 and self.start < self.steps:
             took = timedelta(seconds=round(time.monotonic() - self.begun))
             print(f"trained for {took}; saved {self.out}/checkpoint.pt and {self.out}/backbone.pt\n"
                   f"probe it: python eval_linear.py --checkpoint {self.out}/checkpoint.pt")
 
 
-def print_plan(config, world, device, encoder, steps, start):
+def print_plan(config, device, encoder, steps, start):
     """What the run will do."""
     scale, side = config.patch_scale, patch_side(config.image_size, config.image_size, config.patch_scale[0])
     patches = f"{side} x {side}" if len(scale) == 1 else f"{scale[0]:g} to {scale[1]:g} of the area"
@@ -1005,7 +979,7 @@ def print_plan(config, world, device, encoder, steps, start):
     state = f"continued at step {start}" if start < steps else "complete already: give another --out for a new run"
     print(f"patches: {config.num_patches} of {patches} per image of {config.image_size} x {config.image_size}{size}\n"
           f"model:   {config.arch}, {millions[0]:.1f} M parameters, projector {millions[1]:.1f} M; "
-          f"{'bfloat16' if has_bf16(device) else 'float32'} on {device.type}, processes: {world.size}\n"
+          f"{'bfloat16' if has_bf16(device) else 'float32'} on {device.type}, processes: {WORLD_SIZE}\n"
           f"run:     {config.epochs} epochs, {steps:,} steps, {steps * config.batch_size * config.num_patches:,} "
           f"patches; {config.out}{f', {state}' if start else ''}", flush=True)
 
@@ -1038,8 +1012,15 @@ def settings_of(config):
             if name not in ("preset", "out", "cache", "device", "compile", "save_every")}
 
 
-def open_run(config, world):
-    """The last checkpoint of the run in config.out, None if it has none yet. Nothing is written."""
+def open_run(config):
+    """The last checkpoint of the run in config.out, None if it has none yet. The first process reads it for all."""
+    found = [read_run(config) if RANK == 0 else None]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(found)
+    return found[0]
+
+
+def read_run(config):
     out, settings = Path(config.out), settings_of(config)
     if (out / "config.json").is_file():
         there = json.loads((out / "config.json").read_text())
@@ -1048,7 +1029,7 @@ def open_run(config, world):
         if changed:
             raise UserError(f"{out} holds a run of another config ({'; '.join(changed)}); "
                             f"give another --out, or remove that folder")
-    elif world.rank == 0 and out.is_dir() and any(out.glob("[!.]*")):
+    elif out.is_dir() and any(out.glob("[!.]*")):
         raise UserError(f"{out} exists and holds no run of bagssl.py; give another --out")
     return load_checkpoint(out / "checkpoint.pt") if (out / "checkpoint.pt").exists() else None
 
@@ -1123,7 +1104,7 @@ def parse_config(argv=None):
     preset = given.get("preset", "auto")
     if preset == "auto":
         preset = "cifar10" if torch.cuda.is_available() and given.get("device", "cuda") == "cuda" else "demo"
-        if World().rank == 0:
+        if RANK == 0:
             print(f"preset {preset}, since CUDA is {'' if preset == 'cifar10' else 'not '}used; "
                   f"--preset chooses among {', '.join(PRESETS)}")
     if preset not in PRESETS:
@@ -1139,7 +1120,7 @@ def check_config(c, processes):
         for number in value if isinstance(value, tuple) else (value,):
             if not isinstance(number, str) and not 0 <= number < 2 ** 31:
                 raise UserError(f"--{field.name.replace('_', '-')} must be a number from 0 to 2^31, not {number}")
-    side, least = c.patch_size or round(math.sqrt(c.patch_scale[0]) * c.image_size), 7 * c.stem_stride + 3
+    side = c.patch_size or round(math.sqrt(c.patch_scale[0]) * c.image_size)
     scales, archs = " ".join(f"{s:g}" for s in c.patch_scale), ("patchnet", "resnet18", "resnet34", "resnet50")
     rules = [
         (c.arch in archs, f"no --arch {c.arch}; there are {', '.join(archs)}"),
@@ -1151,8 +1132,7 @@ def check_config(c, processes):
         (len(c.patch_scale) == 1 or c.patch_size, "patches of several scales need a --patch-size to be resized to"),
         (c.patch_size <= 1024, f"--patch-size is at most 1024 pixels, not {c.patch_size}"),
         (1 <= c.image_size <= 4096, f"--image-size is 1 to 4096 pixels, not {c.image_size}"),
-        (c.arch != "patchnet" or side >= least, f"patchnet needs patches of {least} pixels or more, not {side}; give a "
-                                                f"larger --patch-scale or --patch-size, or --arch resnet18"),
+        (side >= 3, f"patches must have 3 pixels or more, not {side}; give a larger --patch-scale or --patch-size"),
         (c.num_patches >= 2, f"--num-patches must be 2 or more, since patches are compared; not {c.num_patches}"),
         (c.batch_size >= 2, f"--batch-size must be 2 or more, since statistics are over the batch; not {c.batch_size}"),
         (c.batch_size % processes == 0, f"--batch-size {c.batch_size} cannot be divided among {processes} processes"),
@@ -1177,7 +1157,7 @@ def run_cli(main):
             if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", sentence):
                 raise
             sentence = f"out of memory ({sentence.partition(chr(10))[0]}); give a smaller --batch-size or --num-patches"
-        if World().local_rank > 0:
+        if LOCAL_RANK > 0:
             time.sleep(5)  # mostly the first process has the same error: once it has told, torchrun ends this one
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
@@ -1190,8 +1170,8 @@ def run_cli(main):
 
 def main():
     config = parse_config()
-    check_config(config, World().size)
-    train(config, *start_process(config.device))
+    check_config(config, WORLD_SIZE)
+    train(config, start_process(config.device))
 
 
 if __name__ == "__main__":

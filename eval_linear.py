@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import torchvision
 
 import bagssl
-from bagssl import BagOfPatches, Encoder, UserError
+from bagssl import LOCAL_RANK, RANK, WORLD_SIZE, BagOfPatches, Encoder, UserError
 
 # --------------------------------------------------------------------------------------------------
 # Features
@@ -43,25 +43,25 @@ class Pixels(torch.nn.Module):
 
 
 @torch.no_grad()
-def embed(embedder, images, device, world, name="", block=256):
+def embed(embedder, images, device, name="", block=256):
     """Run an embedder, (B, 3, H, W) -> (B, D), over uint8 images (N, 3, H, W): float32 (N, D), on the CPU.
 
     Under torchrun each process embeds a part; rank 0 returns all features, the others None.
     """
-    part = math.ceil(len(images) / world.size)
-    mine = torch.arange(world.rank * part, (world.rank + 1) * part).clamp(max=len(images) - 1)  # the last one padded
-    features, progress = [], bagssl.Progress(quiet=world.rank > 0)
+    part = math.ceil(len(images) / WORLD_SIZE)
+    mine = torch.arange(RANK * part, (RANK + 1) * part).clamp(max=len(images) - 1)  # the last one padded
+    features, progress = [], bagssl.Progress(quiet=RANK > 0)
     for rows in mine.split(block):
         with bagssl.autocast(device):
             features.append(embedder(images[rows].to(device)).float().cpu())
-        done = min(len(images), len(features) * block * world.size)
+        done = min(len(images), len(features) * block * WORLD_SIZE)
         progress(f"{name}: {done:,} of {len(images):,} images")
     features = torch.cat(features)
-    if world.size > 1:
-        parts = [torch.empty_like(features) for _ in range(world.size)] if world.rank == 0 else None
+    if WORLD_SIZE > 1:
+        parts = [torch.empty_like(features) for _ in range(WORLD_SIZE)] if RANK == 0 else None
         dist.gather(features, parts)
         features = torch.cat(parts) if parts else None
-    return features[:len(images)] if world.rank == 0 else None
+    return features[:len(images)] if RANK == 0 else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def load_published(path, arch):
         if starts:
             found = tensors[starts[0]:starts[0] + len(shapes)]
             backbone.load_state_dict(dict(zip(ours, (tensor for _, tensor in found))), strict=False)
-            if len(starts) > 1 and bagssl.World().rank == 0:
+            if len(starts) > 1 and RANK == 0:
                 print(f"{path} holds {len(starts)} networks; the one from {found[0][0]} on is taken, not that from "
                       f"{', '.join(tensors[i][0] for i in starts[1:])}")
             return backbone.eval().to(memory_format=torch.channels_last), stride
@@ -253,11 +253,11 @@ def check_arguments(arguments):
         raise UserError(f"a checkpoint of another project does not say how it was trained: give {', '.join(needed)}")
 
 
-def load_split(config, arguments, split, world):
+def load_split(config, arguments, split):
     """The images and labels of a split, as many as the arguments say, drawn at random."""
     images, labels = bagssl.leaders_first(
         lambda: bagssl.load_images(config.dataset, config.data, split, config.image_size, config.cache, config.seed,
-                                   quiet=world.rank > 0), world.local_rank == 0, world)
+                                   quiet=RANK > 0), leads=LOCAL_RANK == 0)
     limit = getattr(arguments, f"{split}_images")
     if limit:
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit]
@@ -280,10 +280,10 @@ def main():
     arguments = parser.parse_args()
     check_arguments(arguments)
     trained, untrained, config = load_model(arguments)
-    world, device = bagssl.start_process(arguments.device)
+    device = bagssl.start_process(arguments.device)
     scale, size, whole_size = view_sizes(config, arguments)
-    train_images, train_labels = load_split(config, arguments, "train", world)
-    test_images, test_labels = load_split(config, arguments, "test", world)
+    train_images, train_labels = load_split(config, arguments, "train")
+    test_images, test_labels = load_split(config, arguments, "test")
 
     trained, untrained = trained.backbone.to(device), untrained.backbone.to(device)
     sides = sorted({math.isqrt(n) for n in arguments.patches})
@@ -295,23 +295,23 @@ def main():
     rows["raw pixels"] = Pixels()
 
     def probe(train, test):  # on the first process, while the others wait
-        if world.rank > 0:
+        if RANK > 0:
             return None
         parts = train.to(device), train_labels.to(device), test.to(device), test_labels.to(device)
         return linear_probe(*parts) | {"knn": knn_probe(*parts)}
 
     results = []
     for name, embedder in rows.items():
-        train = embed(embedder, train_images, device, world, f"{name}, train")
-        test = embed(embedder, test_images, device, world, f"{name}, test")
-        found = bagssl.leaders_first(lambda: probe(train, test), world.rank == 0, world)
+        train = embed(embedder, train_images, device, f"{name}, train")
+        test = embed(embedder, test_images, device, f"{name}, test")
+        found = bagssl.leaders_first(lambda: probe(train, test), leads=RANK == 0)
         if found:
             if not results:
                 print(f"{'% of test images right':24}  linear top-1{'  top-5' * ('top5' in found)}    kNN")
             top5 = f"  {found['top5']:5.2f}" if "top5" in found else ""
             print(f"{name:24}  {found['top1']:12.2f}{top5}  {found['knn']:5.2f}", flush=True)
             results.append({"features": name, **found})
-    if world.rank == 0:
+    if RANK == 0:
         save_results(arguments, "probe", data=config.data, image_size=config.image_size, patch_scale=scale,
                      patch_size=size, train_images=len(train_images), test_images=len(test_images), results=results)
 

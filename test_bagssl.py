@@ -237,13 +237,11 @@ def test_backbone_has_torchvisions_keys(arch, width):
     assert bagssl.Encoder(arch, 1, (8, 8, 8)).backbone.conv1.stride == (1, 1)
 
 
-@pytest.mark.parametrize("side, stride", [(10, 1), (16, 1), (32, 1), (17, 2), (32, 2)])
+@pytest.mark.parametrize("side, stride", [(3, 1), (16, 1), (32, 1), (3, 2), (17, 2), (32, 2)])
 def test_patchnet_takes_patches_of_many_sizes(side, stride):
-    net = bagssl.PatchNet((8, 12, 20), stride)
+    net = bagssl.PatchNet((8, 12, 16, 20), stride)
     assert net(torch.rand(4, 3, side, side)).shape == (4, 20) and net.width == 20
     assert not net.whiten.weight.requires_grad
-    with pytest.raises(RuntimeError):
-        net(torch.rand(4, 3, 7 * stride + 2, 7 * stride + 2))  # one pixel less than the command line asks for
 
 
 def test_whitening_makes_blocks_of_pixels_white():
@@ -652,11 +650,11 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tiny_run, tmp_path, in
     assert rates == pytest.approx([1e-3 * min(1, (i + 1) / 10) * math.cos(math.pi * i / 60) ** 2 for i in range(30)])
 
 
-def test_a_finished_run_is_left_alone_and_another_config_refused(tiny_run, refused):
+def test_a_finished_run_is_left_alone_and_another_config_refused(tiny_run, refused, in_process, capsys):
     folder, _ = tiny_run
     before = {path.name: path.read_bytes() for path in (folder / "run").iterdir()}
-    again = command(*TINY, "--data", folder / "data", "--out", folder / "run", "--epochs", 15)
-    assert again.returncode == 0 and "complete already" in again.stdout
+    assert in_process(*TINY, "--data", folder / "data", "--out", folder / "run", "--epochs", 15) is None
+    assert "complete already" in capsys.readouterr().out
     sentence = refused(*TINY, "--data", folder / "data", "--out", folder / "run", "--epochs", 15, "--lr", 0.5)
     assert "another config" in sentence and "lr was 0.0001, is 0.5" in sentence
     assert before == {path.name: path.read_bytes() for path in (folder / "run").iterdir()}
@@ -682,7 +680,7 @@ while True:
     while kills < 10 and written() in (None, before):  # until it has gone on from where it was
         time.sleep(0.01)
     if kills < 10:
-        time.sleep(random.uniform(0, 0.25))
+        time.sleep(random.uniform(0, 0.02))
         os.kill(child, signal.SIGKILL)
         kills += 1
     if not os.WIFSIGNALED(status := os.waitpid(child, 0)[1]):
@@ -690,22 +688,22 @@ while True:
         sys.exit(os.waitstatus_to_exitcode(status))
 """
 
-def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tiny_run, tmp_path):
+def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tiny_run, tmp_path, in_process):
     folder, _ = tiny_run
     killed = command("-c", KILLER, *TINY, "--data", folder / "data", "--epochs", 15, "--out", tmp_path / "run",
                      "--save-every", 0, script="")
-    assert killed.returncode == 0 and "killed 10" in killed.stdout, killed.stderr
+    assert killed.returncode == 0 and int(killed.stdout.split()[-1]) >= 5, killed.stderr  # and not finished before
     assert same_weights(tmp_path / "run", folder / "run")
     means = [np.mean(losses(tmp_path / "run", every=1)[i:i + 10]) for i in range(0, 45, 10)]
     assert means == pytest.approx(losses(folder / "run"), rel=1e-6)
     (tmp_path / "run/backbone.pt").unlink()  # as after a kill between the last checkpoint and it
-    assert command(*TINY, "--data", folder / "data", "--epochs", 15, "--out", tmp_path / "run").returncode == 0
+    assert in_process(*TINY, "--data", folder / "data", "--epochs", 15, "--out", tmp_path / "run") is None
     assert same_weights(tmp_path / "run", folder / "run")
     assert not list((tmp_path / "run").glob(".*"))  # what half-written checkpoints left has been cleared away
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_run_with_a_checkpoint(tiny_run, tmp_path, number, code, monkeypatch, in_process):
+def test_a_signal_ends_a_run_with_a_checkpoint(tiny_run, tmp_path, number, code, monkeypatch, in_process, capsys):
     folder, _ = tiny_run
     arguments = tiny(tiny_run, tmp_path)
     views, usual, calls = bagssl.training_views, signal.getsignal(number), []
@@ -721,8 +719,7 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tiny_run, tmp_path, number, code,
     stopped_at = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["step"]
     assert stopped_at == 20 and len(losses(tmp_path / "run")) == 2
     assert signal.getsignal(number) == usual and not (tmp_path / "run/backbone.pt").exists()
-    finished = command(*arguments)
-    assert "continued at step 20" in finished.stdout and finished.returncode == 0, finished.stderr
+    assert in_process(*arguments) is None and "continued at step 20" in capsys.readouterr().out
     assert losses(tmp_path / "run") == losses(folder / "run") and same_weights(tmp_path / "run", folder / "run")
 
 
@@ -767,7 +764,7 @@ def test_bad_numbers_stop_a_run_and_leave_its_checkpoint(tiny_run, tmp_path, wha
     def bad_weight(encoder, x):
         if what == "weight" and len(steps) == 33:
             with torch.no_grad():
-                encoder.backbone.blocks[0].conv1.weight[0, 0, 0, 0] = math.inf
+                encoder.backbone.layers[0].weight[0, 0, 0, 0] = math.inf
         h, z = project(encoder, x)
         if what == "gradient" and len(steps) == 33:
             z.register_hook(lambda gradient: gradient * math.nan)
@@ -831,18 +828,21 @@ compiler = torch.compile
 torch.compile = lambda part: compiler(part, backend="aot_eager")"""
 
 
-def test_processes_train_as_one_compiled_or_not(tmp_path):
-    """1, 2 and 4 processes, and 2 compiled: 21 steps of 32 images, losses equal to 1e-5 and weights to 1e-4."""
+def test_processes_train_as_one_compiled_or_not(tmp_path, monkeypatch, in_process):
+    """1 and 4 processes, and 2 compiled: 21 steps of 32 images, losses equal to 1e-5 and weights to 1e-4."""
     for i in range(96):
         write_image(tmp_path / f"data/{i}.png", seed=i)
     arguments = [*TINY, "--data", tmp_path / "data", "--epochs", 7, "--batch-size", 32, "--num-patches", 4,
                  "--lr", 3e-4]
-    for name, more in (("1", []), ("2", []), ("4", []), ("2 compiled", ["--compile", "yes"])):
+    with monkeypatch.context() as patch:
+        patch.setattr(bagssl, "has_bf16", lambda device: False)
+        assert in_process(*arguments, "--out", tmp_path / "1") is None
+    for name, more in (("4", []), ("2 compiled", ["--compile", "yes"])):
         finished = command(*arguments, *more, "--out", tmp_path / name, launcher=torchrun(name[0]),
                            script=script(tmp_path / "float32.py", FLOAT32))
         assert finished.returncode == 0, finished.stderr
     one = torch.load(tmp_path / "1/checkpoint.pt", weights_only=True)["encoder"]
-    for name in ("2", "4", "2 compiled"):
+    for name in ("4", "2 compiled"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
         many = torch.load(tmp_path / f"{name}/checkpoint.pt", weights_only=True)["encoder"]
         for key in one:
@@ -872,12 +872,12 @@ def test_a_killed_process_ends_the_job_or_is_restarted(tiny_run, tmp_path, resta
         assert finished.returncode != 0 and bagssl.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 10
 
 
-def test_two_nodes_of_two_processes(tiny_run, tmp_path):
+def test_two_nodes(tiny_run, tmp_path):
     """Two launchers on one machine, the second late."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    launcher = torchrun(2, "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}")
+    launcher = torchrun(1, "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}")
     arguments = tiny(tiny_run, tmp_path)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(command, *arguments, launcher=launcher)
@@ -889,8 +889,8 @@ def test_two_nodes_of_two_processes(tiny_run, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(losses(tiny_run[0] / "run"), rel=1e-2)
 
 
-def test_another_number_of_processes_takes_over_where_all_see_the_run(tiny_run, tmp_path, monkeypatch, in_process):
-    """A run stopped on one process goes on with two, unless one of them lacks its folder."""
+def test_another_number_of_processes_takes_over(tiny_run, tmp_path, monkeypatch, in_process):
+    """A run stopped on one process goes on with two, of which the second does not see its folder."""
     views, calls = bagssl.training_views, []
 
     def interrupted(*arguments):
@@ -904,11 +904,9 @@ def test_another_number_of_processes_takes_over_where_all_see_the_run(tiny_run, 
     assert in_process(*arguments) == 143
     apart = "if os.environ['RANK'] == '1':\n    sys.argv[sys.argv.index('--out') + 1] += '-2'"
     finished = command(*arguments, launcher=torchrun(2), script=script(tmp_path / "apart.py", apart))
-    assert finished.returncode != 0 and "would start at different steps, 20, 0" in finished.stderr
-    assert not (tmp_path / "run-2").exists()
-    finished = command(*arguments, launcher=torchrun(2))
     assert finished.returncode == 0 and "continued at step 20" in finished.stdout, finished.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(tiny_run[0] / "run"), rel=1e-2)
+    assert not (tmp_path / "run-2").exists()
 
 
 WORKER = """
@@ -1036,7 +1034,7 @@ def test_embed_is_the_bag_of_each_image(tiny_run, monkeypatch):
     encoder, _ = bagssl.load_encoder(tiny_run[0] / "run/checkpoint.pt")
     images = torch.randint(0, 256, (11, 3, 40, 40), dtype=torch.uint8)
     bag = bagssl.BagOfPatches(encoder.backbone, 2, 0.0625)
-    whole = eval_linear.embed(bag, images, torch.device("cpu"), bagssl.World(), block=4)
+    whole = eval_linear.embed(bag, images, torch.device("cpu"), block=4)
     with torch.no_grad():
         torch.testing.assert_close(whole, torch.cat([bag(image[None]) for image in images]), atol=1e-4, rtol=1e-3)
 
@@ -1080,12 +1078,12 @@ def test_published_checkpoints_are_found_in_any_wrapping(tmp_path, refused, caps
                                                                  "resnet18", script=eval_linear)
 
 
-def test_a_published_checkpoint_is_probed(tiny_run, tmp_path):
+def test_a_published_checkpoint_is_probed(tiny_run, tmp_path, in_process, capsys):
     torch.save(bagssl.make_backbone("resnet18", 1).state_dict(), tmp_path / "resnet18.pth")
-    finished = command("--checkpoint", tmp_path / "resnet18.pth", "--arch", "resnet18", "--data", tiny_run[0] / "data",
-                       "--image-size", 40, "--patch-scale", 0.1, "--patch-size", 20, "--patches", 1, 4,
-                       script="eval_linear.py")
-    assert finished.returncode == 0 and "bag of 4" in finished.stdout, finished.stderr
+    assert in_process("--checkpoint", tmp_path / "resnet18.pth", "--arch", "resnet18", "--data", tiny_run[0] / "data",
+                      "--image-size", 40, "--patch-scale", 0.1, "--patch-size", 20, "--patches", 1, 4,
+                      script=eval_linear) is None
+    assert "bag of 4" in capsys.readouterr().out
 
 
 def test_the_demo_learns(tmp_path):
@@ -1213,14 +1211,14 @@ def test_part_similarity_of_one_who_knows_is_one(monkeypatch):
 
 
 @pytest.mark.parametrize("claim", ["parts", "locality", "cooccurrence"])
-def test_claims_are_printed_and_added_to_the_run(tiny_run, tmp_path, claim):
+def test_claims_are_printed_and_added_to_the_run(tiny_run, tmp_path, claim, in_process, capsys):
     checkpoint = torch.load(tiny_run[0] / "run/checkpoint.pt", weights_only=True)
     if claim == "cooccurrence":
         checkpoint["config"] |= {"data": "", "image_size": 50}  # as if trained on the demo
     torch.save(checkpoint, tmp_path / "checkpoint.pt")
     (tmp_path / "eval.jsonl").write_text("an earlier table\n")
-    finished = command(claim, "--checkpoint", tmp_path / "checkpoint.pt", script=".github/claims.py")
-    assert finished.returncode == 0, finished.stderr
+    assert in_process(claim, "--checkpoint", tmp_path / "checkpoint.pt", script=claims) is None
+    printed = capsys.readouterr().out
     earlier, table = (tmp_path / "eval.jsonl").read_text().splitlines()
     table = json.loads(table)
     results = table["results"]
@@ -1228,10 +1226,10 @@ def test_claims_are_printed_and_added_to_the_run(tiny_run, tmp_path, claim):
     if claim == "parts":
         bags = ["one patch, the centre", "bag of 4", "bag of 16"]
         assert [row["features"] for row in results] == bags + [f"untrained, {bag}" for bag in bags]
-        assert all(-1 <= row["same image"] <= 1 for row in results) and "other class" in finished.stdout
+        assert all(-1 <= row["same image"] <= 1 for row in results) and "other class" in printed
     elif claim == "locality":
         assert list(results) == ["patch, h", "patch, z", "bag of 16, h", "bag of 16, z"]
-        assert (tmp_path / "neighbours.png").exists() and "brightness" in finished.stdout
+        assert (tmp_path / "neighbours.png").exists() and "brightness" in printed
     else:
         assert all(-1 <= results[name] <= 1 for name in ("trained", "untrained"))
 
@@ -1281,7 +1279,7 @@ def test_profile_times_the_parts_and_leaves_nothing(tiny_run, tmp_path, processe
     (["--stem-stride", "4"], "--stem-stride is 1 or 2, or 4 for a resnet"),
     (["--patch-scale", "1.5"], "in (0, 1], not 1.5"),
     (["--patch-scale", "0"], "in (0, 1], not 0"),
-    (["--patch-scale", "0.005"], "patchnet needs patches of 10 pixels or more, not 6"),
+    (["--patch-scale", "0.0005"], "patches must have 3 pixels or more, not 2"),
     (["--patch-scale", "0.2", "0.8"], "--patch-size"),
     (["--patch-scale", "0.8", "0.2", "--patch-size", "16"], "the low value, then the high one"),
     (["--patch-size", "100000"], "at most 1024"),
@@ -1397,7 +1395,7 @@ def test_bad_checkpoints(tiny_run, tmp_path, refused):
     assert "1, 4, 9" in refused("--checkpoint", tmp_path / "cut.pt", "--patches", 5, script=eval_linear)
     checkpoint = tiny_run[0] / "run/checkpoint.pt"
     assert "in (0, 1], not 2" in refused("--checkpoint", checkpoint, "--patch-scale", 2, script=eval_linear)
-    assert "10 pixels or more, not 4" in refused("--checkpoint", checkpoint, "--patch-scale", 0.01, script=eval_linear)
+    assert "3 pixels or more, not 2" in refused("--checkpoint", checkpoint, "--patch-scale", 0.002, script=eval_linear)
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_bytes((tiny_run[0] / "run/config.json").read_bytes())

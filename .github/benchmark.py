@@ -33,8 +33,9 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bagssl
 import eval_linear
+from bagssl import RANK, WORLD_SIZE
 
-CPU, WORLD = torch.device("cpu"), bagssl.World()
+CPU = torch.device("cpu")
 
 
 @contextlib.contextmanager
@@ -70,7 +71,7 @@ def make_optimizer(encoder, config):
 def make_input(batch, step, config, views=bagssl.training_views):
     u = torch.rand(config.batch_size, config.num_patches, 11,
                    generator=bagssl.generator_for(config.seed, "patches", step))
-    return views(batch, u.chunk(WORLD.size)[WORLD.rank].to(batch.device), config)
+    return views(batch, u.chunk(WORLD_SIZE)[RANK].to(batch.device), config)
 
 
 def train_step(x, model, optimizer, config, part=contextlib.nullcontext):
@@ -80,7 +81,7 @@ def train_step(x, model, optimizer, config, part=contextlib.nullcontext):
     with part("gather + loss"):
         z = bagssl.gather(z.unflatten(0, (-1, config.num_patches)))
         loss, _ = bagssl.vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
-                                     rank=WORLD.rank, world_size=WORLD.size)
+                                     rank=RANK, world_size=WORLD_SIZE)
     with part("backward"):
         optimizer.zero_grad()
         loss.backward()
@@ -101,23 +102,23 @@ def profile(flags, warm_up=3, rounds=20):
     communication counts where it happens: in the forward and backward passes and in the loss.
     """
     config = bagssl.parse_config(flags)
-    bagssl.check_config(config, WORLD.size)
-    _, device = bagssl.start_process(config.device)
+    bagssl.check_config(config, WORLD_SIZE)
+    device = bagssl.start_process(config.device)
 
-    images = bagssl.training_images(config, WORLD, device)
+    images = bagssl.training_images(config, device)
     steps = config.epochs * (len(images) // config.batch_size)
     encoder = bagssl.Encoder(config.arch, config.stem_stride, config.projector)
     encoder.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(encoder, config)
-    model, views = bagssl.parallelize_and_compile(encoder, bagssl.training_views, config, WORLD, device)
+    model, views = bagssl.parallelize_and_compile(encoder, bagssl.training_views, config, device)
     backbone, projector = encoder.backbone, encoder.projector
     if views is not bagssl.training_views:  # compiled, as the backbone and the projector are within the model
         backbone, projector = torch.compile(backbone), torch.compile(projector)
-    if WORLD.rank == 0:
-        bagssl.print_plan(config, WORLD, device, encoder, steps, start=0)
+    if RANK == 0:
+        bagssl.print_plan(config, device, encoder, steps, start=0)
 
-    b, times = config.batch_size // WORLD.size, defaultdict(list)
-    mine = slice(WORLD.rank * b, (WORLD.rank + 1) * b)
+    b, times = config.batch_size // WORLD_SIZE, defaultdict(list)
+    mine = slice(RANK * b, (RANK + 1) * b)
     gradients = torch.zeros(sum(p.numel() for p in encoder.parameters() if p.requires_grad), device=device)
 
     def part(name):
@@ -140,7 +141,7 @@ def profile(flags, warm_up=3, rounds=20):
         with part("crop + augment"):
             x = make_input(batch, step, config, views)
         train_step(x, encoder_in_parts, optimizer, config, part)
-        if WORLD.size > 1:
+        if WORLD_SIZE > 1:
             with part("gradient all-reduce"):
                 dist.all_reduce(gradients)
         with part("step"):
@@ -158,7 +159,7 @@ def profile(flags, warm_up=3, rounds=20):
         with timed("product", products, device):
             square @ square
 
-    if WORLD.rank == 0:
+    if RANK == 0:
         parts = {name: float(np.median(seconds)) for name, seconds in times.items()}
         whole, ready, total = parts.pop("step"), parts.pop("step on a ready input"), sum(parts.values())
         added = np.median(np.divide(times["step"], times["step on a ready input"])) - 1  # in pairs: drift cancels

@@ -22,7 +22,7 @@ import torchvision
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bagssl
 import eval_linear
-from bagssl import BagOfPatches, UserError, World
+from bagssl import BagOfPatches, UserError
 
 # --------------------------------------------------------------------------------------------------
 # The whole is the average of its parts (the paper's section 4.3)
@@ -57,12 +57,12 @@ def cosine_to_parts(whole, bag, labels, seed=0):
 def show_parts(arguments, trained, untrained, config):
     """Print the cosines for bags of all sizes, of the trained and of the untrained network."""
     scale, size, whole_size = eval_linear.view_sizes(config, arguments)
-    images, labels = eval_linear.load_split(config, arguments, "test", World())
+    images, labels = eval_linear.load_split(config, arguments, "test")
     results = []
 
     def embed(network, per_side, scale, size, name):
         bag = BagOfPatches(network.backbone, per_side, scale, size)
-        return eval_linear.embed(bag, images, next(network.parameters()).device, World(), name)
+        return eval_linear.embed(bag, images, next(network.parameters()).device, name)
 
     for prefix, network in (("", trained), ("untrained, ", untrained)):
         whole = embed(network, 1, 1.0, whole_size, f"{prefix}whole image, one pass")
@@ -178,7 +178,7 @@ def show_locality(arguments, trained, untrained, config):
     if arguments.arch:
         raise UserError("locality compares h with the projection z, which this checkpoint lacks; give one of bagssl.py")
     scale, size, _ = eval_linear.view_sizes(config, arguments)
-    images, labels = eval_linear.load_split(config, arguments, "test", World())
+    images, labels = eval_linear.load_split(config, arguments, "test")
     if len(images) < 20:
         raise UserError(f"locality fits regressions, for which {len(images)} images are too few; give 20 or more")
     results, factors = locality(trained, images, labels, scale, size), [*FACTORS, "class"]
@@ -220,7 +220,7 @@ def show_cooccurrence(arguments, trained, untrained, config):
     if config.dataset != "demo" or config.data:
         raise UserError(f"the true co-occurrence is known only in the demo, which {arguments.checkpoint} was "
                         f"not trained on; give a checkpoint of --preset demo, and no --data")
-    bagssl.check_config(dataclasses.replace(config, patch_scale=(bagssl.DEMO_CELLS ** -2,)), processes=1)  # the cells fit
+    bagssl.check_config(dataclasses.replace(config, patch_scale=(bagssl.DEMO_CELLS ** -2,)), processes=1)
     results = {name: part_similarity(network, config.image_size, config.seed, size=config.patch_size or None)
                for name, network in (("trained", trained), ("untrained", untrained))}
     print("correlation of part types' similarity in z with their true co-occurrence: "
@@ -241,7 +241,7 @@ def main():
     arguments = parser.parse_args()
     eval_linear.check_arguments(arguments)
     trained, untrained, config = eval_linear.load_model(arguments)
-    _, device = bagssl.start_process(arguments.device)
+    device = bagssl.start_process(arguments.device)
     table = CLAIMS[arguments.claim](arguments, trained.to(device), untrained.to(device), config)
     eval_linear.save_results(arguments, arguments.claim, **table)
 
