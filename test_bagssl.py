@@ -1014,19 +1014,24 @@ def test_knn_votes_as_a_loop_does():
 
 
 @pytest.mark.parametrize("launcher", [(), torchrun(2)])
-def test_probe_prints_a_table_and_writes_it(tiny_run, tmp_path, launcher):
+def test_probe_prints_a_table_and_writes_it(tiny_run, tmp_path, launcher, in_process, capsys):
     checkpoint = tmp_path / "checkpoint.pt"
     checkpoint.write_bytes((tiny_run[0] / "run/checkpoint.pt").read_bytes())
     (tmp_path / "eval.jsonl").write_text("an earlier table\n")
-    finished = command("--checkpoint", checkpoint, "--patches", 1, 4, script="eval_linear.py", launcher=launcher)
-    assert finished.returncode == 0, finished.stderr
+    arguments = "--checkpoint", checkpoint, "--patches", 1, 4
+    if launcher:
+        finished = command(*arguments, script="eval_linear.py", launcher=launcher)
+        assert finished.returncode == 0, finished.stderr
+    else:
+        assert in_process(*arguments, script=eval_linear) is None
+    printed = finished.stdout if launcher else capsys.readouterr().out
     earlier, table = (tmp_path / "eval.jsonl").read_text().splitlines()
     assert earlier == "an earlier table"
     results = json.loads(table)["results"]
     rows = [row["features"] for row in results]
     assert rows == ["one patch, the centre", "bag of 4", "whole image, one pass", "untrained, bag of 4", "raw pixels"]
     for row in results:
-        assert 0 <= row["top1"] <= 100 and f"{row['features']:24}  {row['top1']:12.2f}" in finished.stdout
+        assert 0 <= row["top1"] <= 100 and f"{row['features']:24}  {row['top1']:12.2f}" in printed
 
 
 def test_embed_is_the_bag_of_each_image(tiny_run, monkeypatch):
