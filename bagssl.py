@@ -18,8 +18,8 @@ Learning" (TMLR 2023, arXiv:2206.08954).
 torch 2.15.0, one run), a linear probe is right on 65 % of the test images from one patch, on 74 % from
 a bag of 16, and on 57 % from a bag of the untrained network.
 
-The method comes first, in the order of these steps: patches, augmentation, encoder, loss, bag,
-training. Its infrastructure follows: images, the demo's images, processes, the run, the command line.
+The method comes first: patches, augmentation, encoder, loss, bag, training. Its infrastructure
+follows: images, the demo's images, processes, the run, the command line.
 
     python bagssl.py --preset demo                       # generated images; needs no data and no GPU
     python bagssl.py --preset cifar10-cpu                # CIFAR-10 on a CPU
@@ -71,7 +71,7 @@ class Config:
     stem_stride: int = 1  # of the first layer, 1 or 2; 4: a resnet's standard stem, 7x7 convolution and pooling
     projector: tuple = (2048, 2048, 2048)  # widths of the projector's three layers; wider is better for VICReg
     image_size: int = 32  # images are resized to this short side and centre-cropped to a square
-    patch_scale: tuple = (0.25,)  # fraction of the image's area in a patch; two values: between them, the baseline
+    patch_scale: tuple = (0.25,)  # fraction of the image's area in a patch; two: drawn between them (multi-scale)
     patch_size: int = 0  # patches are resized to this side; 0: not resized
     num_patches: int = 4  # V, patches per image and step
     batch_size: int = 256  # B, images per step, over all processes
@@ -94,8 +94,8 @@ PRESETS = {
     # larger weight on the covariance term, making them agree outweighs telling images apart.
     "demo": dict(image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
-    # Small batches take more steps in the same time. At an invariance weight of 25 z collapses early on.
-    "cifar10-cpu": dict(dataset="cifar10", batch_size=64, epochs=14, projector=(1024, 1024, 1024), inv_weight=10.0),
+    # Small batches take more steps in the same time. With inv_weight=25, z collapses early on.
+    "cifar10-cpu": dict(dataset="cifar10", batch_size=64, epochs=7, projector=(1024, 1024, 1024), inv_weight=10.0),
     "cifar10": dict(dataset="cifar10", arch="resnet18"),
     "cifar100": dict(dataset="cifar100", arch="resnet18"),
     # The paper's setting: 32 x 32 pixels of 224 x 224.
@@ -114,7 +114,7 @@ class UserError(Exception):
 # The method sees an image only through square patches of one fixed scale, the fraction of the
 # image's area that a patch covers. A patch is a pure function of its image and of eleven uniform
 # random numbers: two for its position and one for its scale, which only the multi-scale baseline
-# draws, and eight for its augmentation. One tensor of such numbers is all the randomness of a step.
+# uses, and eight for its augmentation. One tensor of such numbers is all the randomness of a step.
 
 
 def patch_side(height, width, scale):
@@ -269,16 +269,17 @@ def _shift_hue(patches, shift):
 
 def normalize(images):
     """uint8 in [0, 255] or float in [0, 1] -> float32 standardised by ImageNet's mean and deviation."""
-    images = images.float() / (1 if images.is_floating_point() else 255)
+    images = images if images.is_floating_point() else images / 255
     mean = torch.tensor([0.485, 0.456, 0.406], device=images.device)[:, None, None]
     std = torch.tensor([0.229, 0.224, 0.225], device=images.device)[:, None, None]
-    return (images - mean) / std
+    return (images.float() - mean) / std
 
 
 def whitening_filters(images, epsilon=0.01):
-    """Filters that whiten blocks of 3 x 3 pixels: their principal axes / sqrt(variance + epsilon), and the negatives.
+    """Filters that whiten blocks of 3 x 3 pixels: their principal axes / sqrt(variance + epsilon).
 
-    images: uint8 (N, 3, H, W); about a million of their blocks are used. Returns float32 (54, 3, 3, 3), on the CPU.
+    images: uint8 (N, 3, H, W); about a million of their blocks are used. Returns float32 (54, 3, 3, 3), on the CPU:
+    the 27 filters and their negatives, so that a ReLU after them loses no sign.
     """
     some = images[::max(1, images[:, 0].numel() // 1_000_000)].cpu()
     blocks = F.unfold(normalize(some), 3).transpose(0, 1).flatten(1)  # (27, blocks)
@@ -349,15 +350,15 @@ class Encoder(nn.Module):
 # keep z from collapsing to a point or a line.
 #
 # What this learns, in the paper's formal terms: let p(x1, x2) be the joint distribution of two
-# patches of one image, p(x) its marginal, and look for z whose inner products, times a constant
-# w > 0, tell how much more often than by chance two patches occur together:
+# patches of one image, and p(x) its marginal. Look for z with w z1.z2, for a constant w > 0, close to
+# p(x1, x2) / (p(x1) p(x2)), which is how much more often than by chance two patches occur together:
 #     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - p(x1, x2) / (p(x1) p(x2)))^2 ].
-# Expand the square. Since E_{p p}[(z1.z2)^2] = || E[z z^T] ||_F^2, up to a constant
+# Expand the square. Since E_{p(x1) p(x2)}[(z1.z2)^2] = || E[z z^T] ||_F^2, up to a constant
 #     L_C = 2 w L_S,   L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2:
 # pull together what occurs together, and keep the second moments small. Let z now be centred, with
-# variance 1 in each dimension. Then E |z1 - z2|^2 is a constant - 2 E[z1.z2] (invariance), and
-# || E[z z^T] ||_F^2 is a constant + the sum of the squared covariances (covariance). VICReg subtracts
-# the mean, and its hinge holds the variance up at 1.
+# variance 1 in each dimension. Then E |z1 - z2|^2 = const - 2 E[z1.z2] (invariance), and
+# || E[z z^T] ||_F^2 = const + sum_{d != e} cov_de^2 (covariance). VICReg subtracts the mean, and its
+# hinge holds the variance up at 1.
 
 
 def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, rank=0, world_size=1):
@@ -430,6 +431,7 @@ class BagOfPatches(nn.Module):
 # Everything random is a function of the seed and the step: each process draws the numbers of the
 # whole batch and keeps those of its own images. So the patches do not depend on the number of
 # processes, and a resumed run draws the same images, crops and augmentations as one never stopped.
+# Below are `batches` (*Images*), RANK, WORLD_SIZE, `gather` and `autocast` (*Processes*), and `Run` (*The run*).
 
 
 def training_views(images, u, config):
@@ -445,18 +447,18 @@ def training_views(images, u, config):
 
 def train(config, device):
     """Pretrain as `config` says; `config.out` gets config.json, log.jsonl, checkpoint.pt and backbone.pt."""
-    checkpoint = open_run(config)  # of an interrupted run, or None
+    checkpoint = open_run(config)  # of an earlier run in config.out, or None
     images = training_images(config, device)  # uint8 (N, 3, S, S)
     torch.manual_seed(config.seed)
     encoder = Encoder(config.arch, config.stem_stride, config.projector)
     if config.arch == "patchnet":
         encoder.backbone.whiten.weight.copy_(whitening_filters(images))
     encoder.to(device, memory_format=torch.channels_last)
-    vectors = [p for p in encoder.parameters() if p.requires_grad and p.ndim == 1]  # of normalisation: not decayed
-    matrices = [p for p in encoder.parameters() if p.requires_grad and p.ndim > 1]
-    optimizer = torch.optim.SGD([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], lr=config.lr,
+    undecayed = [p for p in encoder.parameters() if p.requires_grad and p.ndim == 1]  # of normalisation: not decayed
+    decayed = [p for p in encoder.parameters() if p.requires_grad and p.ndim > 1]
+    optimizer = torch.optim.SGD([{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}], lr=config.lr,
                                 momentum=0.9, nesterov=True, weight_decay=config.weight_decay, fused=True)
-    model, views = parallelize_and_compile(encoder, training_views, config, device)
+    model, make_views = parallelize_and_compile(encoder, training_views, config, device)
 
     B, V, b = config.batch_size, config.num_patches, config.batch_size // WORLD_SIZE
     mine = slice(RANK * b, (RANK + 1) * b)  # the rows of a batch that are this process's
@@ -464,7 +466,7 @@ def train(config, device):
     with Run(config, device, encoder, optimizer, steps, checkpoint) as run:
         for step, batch in batches(images, config, mine, device, run.start, steps):
             u = torch.rand(B, V, 11, generator=generator_for(config.seed, "patches", step))[mine]
-            x = views(batch, u.to(device), config)  # (b V, 3, s, s)
+            x = make_views(batch, u.to(device, non_blocking=True), config)  # (b V, 3, s, s)
             with autocast(device):
                 h, z = model(x)  # (b V, D), (b V, D')
             z = gather(z.unflatten(0, (-1, V)))  # (B, V, D')
@@ -472,10 +474,10 @@ def train(config, device):
                                       rank=RANK, world_size=WORLD_SIZE)
             optimizer.zero_grad()
             loss.backward()  # `gather` sums over processes and DDP divides: the gradient of the whole batch's loss
-            norm = nn.utils.clip_grad_norm_(matrices + vectors, config.clip)  # the norm before clipping
-            warmup, cosine = config.warmup * steps + 1, (1 + math.cos(math.pi * step / steps)) / 2
+            norm = nn.utils.clip_grad_norm_(decayed + undecayed, config.clip)  # the norm before clipping
+            warmup = min(1, (step + 1) / (config.warmup * steps + 1))
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * min(1, (step + 1) / warmup) * cosine
+                group["lr"] = config.lr * warmup * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.step()
             run.look(step, loss, terms, norm, h)  # every tenth step: check for bad numbers, log, save, obey signals
         run.finish()
@@ -502,17 +504,21 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
     Raises UserError if there are none, or naming the files that are broken.
     """
     root, known = Path(data or "data"), TORCHVISION_SETS.get(dataset)
-    source = root / dataset if not data or (root / dataset).is_dir() else root
+    folder, found = root / dataset if not data or (root / dataset).is_dir() else root, None
     if dataset == "demo" and not data:
-        found, source = demo_images(DEMO_COUNTS[split], image_size, (seed, list(DEMO_COUNTS).index(split))), "the demo"
-    elif known and (found := load_torchvision(dataset, root, split) or load_torchvision(dataset, source, split)):
-        source = f"{known}, torchvision's files in {root}"
-    elif not (found := load_folder(source, split, image_size, cache, quiet)):
-        if data or not known:
-            looked = f"{known} as torchvision keeps it, " if known else ""
-            raise UserError(f"no images in {source} (looked for {looked}train/ with class folders, and at any depth "
-                            f"{' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}); name another folder with "
-                            f"--data, or use --preset demo, which needs none")
+        seeds = seed, list(DEMO_COUNTS).index(split)  # each split has random numbers of its own
+        found, source = demo_images(DEMO_COUNTS[split], image_size, seeds), "the demo"
+    for place in (root, folder) if known else ():
+        if not found and (found := load_torchvision(dataset, place, split)):
+            source = f"{known}, torchvision's files in {place}"
+    if not found and (found := load_folder(folder, split, image_size, cache, quiet)):
+        source = folder
+    if not found and (data or not known):
+        looked = f"{known} as torchvision keeps it, " if known else ""
+        raise UserError(f"no images in {folder} (looked for {looked}train/ with class folders, and at any depth "
+                        f"{' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}); name another folder with "
+                        f"--data, or use --preset demo, which needs none")
+    if not found:
         found, source = load_torchvision(dataset, root, split, download=True), f"{known}, downloaded to {root}"
     images, labels = torch.from_numpy(found[0]), found[1]
     if images.shape[-1] != image_size:
@@ -551,7 +557,7 @@ def load_folder(folder, split, size, cache="", quiet=False):
     if split == "test":
         chosen = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
         if chosen is None or train == folder:
-            raise UserError(f"{folder} has no train/ and val/ or test/ with class folders, which the probe needs")
+            raise UserError(f"{folder} has not the class folders that the probe needs, in train/ and in val/ or test/")
     found = torchvision.datasets.folder.make_dataset(  # at any depth
         str(chosen), {".": 0}, torchvision.datasets.folder.IMG_EXTENSIONS, allow_empty=True)
     names, labels = sorted(os.path.relpath(path, chosen) for path, _ in found), None
@@ -589,11 +595,12 @@ def decode_folder(folder, names, size, cache, quiet=False):
     They are decoded once, on all cores, into a .npy file in `cache` that is named by a hash of the files' names,
     sizes and times: a changed folder is decoded anew. Raises UserError naming every file that cannot be used.
     """
-    stats = [os.stat(path) if os.path.exists(path := folder / name) else os.lstat(path) for name in names]
+    paths = [folder / name for name in names]
+    stats = [path.stat() if path.exists() else path.lstat() for path in paths]  # lstat: of a broken link
     listing = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)])
     path = cache / f"{folder.name}-{size}px-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
     if path.exists():
-        return np.load(path, mmap_mode="c")
+        return np.load(path, mmap_mode="c")  # copy on write, since torch.from_numpy wants to be able to write
     broken, progress = [], Progress(quiet)
 
     def decode(name):
@@ -620,7 +627,8 @@ def decode_folder(folder, names, size, cache, quiet=False):
     except OSError as error:
         raise UserError(f"cannot write decoded images to {cache} ({error}); give another --cache") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        if unfinished.is_file():
+            unfinished.unlink()
     return np.load(path, mmap_mode="c")
 
 
@@ -664,7 +672,7 @@ def batches(images, config, rows, device, start, steps):
 #
 # Generated, so that the truth is known. An image is a grid of 5 x 5 cells, each holding one of 24
 # types of part: 6 families (gratings, checks, rings, spokes, polygons, meshes) in 4 levels of detail. A
-# class is one family in all levels, or one level in all families. So a single part is ambiguous
+# class is one family in all levels, or one level in all families: 6 + 4 classes. So a single part is ambiguous
 # between two classes, and only the mix of parts tells the class. Colour, contrast, angle, phase and
 # noise are independent of it.
 
@@ -693,12 +701,12 @@ def render_part(part, side, rng, count):
     v = np.cos(angle) * (y - dy) - np.sin(angle) * (x - dx)
     radius, turn, detail = np.hypot(u, v), np.arctan2(v, u), np.pi * (1.2, 1.9, 2.7, 3.6)[level]
     wedge = 2 * np.pi / (level + 3)  # of a polygon
-    tone = (lambda: np.cos(detail * u),
-            lambda: np.cos(detail * u) * np.cos(detail * v),
-            lambda: np.cos(detail * radius),
-            lambda: np.cos((level + 2) * turn),
-            lambda: 5 - 8 * radius * np.cos(turn % wedge - wedge / 2),
-            lambda: 3 * np.maximum(np.cos(detail * u), np.cos(detail * v)) - 2.4)[family]().clip(-1, 1)
+    tone = (lambda: np.cos(detail * u),  # gratings
+            lambda: np.cos(detail * u) * np.cos(detail * v),  # checks
+            lambda: np.cos(detail * radius),  # rings
+            lambda: np.cos((level + 2) * turn),  # spokes
+            lambda: 5 - 8 * radius * np.cos(turn % wedge - wedge / 2),  # polygons
+            lambda: 3 * np.maximum(np.cos(detail * u), np.cos(detail * v)) - 2.4)[family]().clip(-1, 1)  # meshes
     contrast = uniform(0.15, 0.4, 1) * rng.choice((-1, 1), (count, 1, 1, 1)) + uniform(-0.12, 0.12, 3)
     image = uniform(0.25, 0.75, 3) + contrast * tone[:, None] + rng.normal(0, 0.04, (count, 3, side, side))
     return (image.clip(0, 1) * 255).astype(np.uint8)
@@ -911,8 +919,8 @@ class Run:
         done, last = step + 1, step + 1 == self.steps
         if done % LOOK_EVERY and not last:
             return
-        due = RANK == 0 and time.monotonic() - self.saved > 60 * self.config.save_every
-        flags = torch.tensor([len(self.signals), due], dtype=torch.float32, device=self.sums.device)
+        save_due = RANK == 0 and time.monotonic() - self.saved > 60 * self.config.save_every
+        flags = torch.tensor([len(self.signals), save_due], dtype=torch.float32, device=self.sums.device)
         numbers = torch.cat([self.sums / (done - self.looked), flags])
         if WORLD_SIZE > 1:  # so that all processes decide alike
             dist.all_reduce(numbers)
@@ -937,7 +945,7 @@ class Run:
             sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
 
     def report(self, done, means, h):
-        """Add a line to log.jsonl; every few seconds, show it, with the speed and the embeddings' effective rank."""
+        """Add a line to log.jsonl, every five seconds with speed and effective rank; `Progress` shows some of these."""
         entry, now = {"step": done, **means, "lr": self.optimizer.param_groups[0]["lr"]}, time.monotonic()
         if done == self.steps or now - self.shown > 5:
             self.shown, rank = now, effective_rank(h)
@@ -1103,7 +1111,7 @@ def parse_config(argv=None):
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "auto")
     if preset == "auto":
-        preset = "cifar10" if torch.cuda.is_available() and given.get("device", "cuda") == "cuda" else "demo"
+        preset = "cifar10" if torch.cuda.is_available() and given.get("device", "cuda").startswith("cuda") else "demo"
         if RANK == 0:
             print(f"preset {preset}, since CUDA is {'' if preset == 'cifar10' else 'not '}used; "
                   f"--preset chooses among {', '.join(PRESETS)}")
@@ -1148,7 +1156,7 @@ def check_config(c, processes):
 
 
 def run_cli(main):
-    """Call main(); an error that a person can fix becomes one sentence on stderr and exit code 2."""
+    """Call main(). An error that a person can fix becomes one sentence on stderr and exit code 2; divergence, 1."""
     try:
         main()
     except (UserError, FloatingPointError, RuntimeError, MemoryError) as error:
@@ -1156,7 +1164,8 @@ def run_cli(main):
         if not isinstance(error, (UserError, FloatingPointError)):
             if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", sentence):
                 raise
-            sentence = f"out of memory ({sentence.partition(chr(10))[0]}); give a smaller --batch-size or --num-patches"
+            first_line = sentence.partition("\n")[0]
+            sentence = f"out of memory ({first_line}); give a smaller --batch-size or --num-patches"
         if LOCAL_RANK > 0:
             time.sleep(5)  # mostly the first process has the same error: once it has told, torchrun ends this one
         print(f"error: {sentence}", file=sys.stderr, flush=True)
