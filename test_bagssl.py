@@ -28,6 +28,7 @@ import eval_linear
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / ".github"))
+import benchmark
 import claims
 
 torch.set_num_threads(1)  # as in `command`: sums in another order are not equal to the bit
@@ -734,7 +735,7 @@ def script(path, changes):
 def test_a_signal_under_torchrun_waits_for_a_slow_checkpoint(tiny_run, tmp_path, terminal):
     """Ctrl-C reaches all processes at once and torchrun passes it on; a cluster's SIGTERM reaches torchrun alone."""
     slow = script(tmp_path / "slow.py", "save = torch.save\n"
-                  "def slow(*arguments):\n    time.sleep(2)\n    save(*arguments)\ntorch.save = slow")
+                  "def slow(*arguments):\n    time.sleep(1)\n    save(*arguments)\ntorch.save = slow")
     arguments = [*tiny(tiny_run, tmp_path), "--epochs", 2000]
     job = subprocess.Popen([sys.executable, *torchrun(2), slow, *map(str, arguments)], start_new_session=True, cwd=HERE,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -881,7 +882,7 @@ def test_two_nodes(tiny_run, tmp_path):
     arguments = tiny(tiny_run, tmp_path)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(command, *arguments, launcher=launcher)
-        time.sleep(3)
+        time.sleep(1)
         second = pool.submit(command, *arguments, launcher=launcher)
         nodes = first.result(), second.result()
     assert [node.returncode for node in nodes] == [0, 0], [node.stderr for node in nodes]
@@ -1252,11 +1253,16 @@ def test_claims_that_cannot_be_shown(tiny_run, tmp_path, refused):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_profile_times_the_parts_and_leaves_nothing(tiny_run, tmp_path, processes):
-    finished = command("profile", *tiny(tiny_run, tmp_path),
-                       script=".github/benchmark.py", launcher=torchrun(processes) if processes > 1 else ())
-    assert finished.returncode == 0 and not list(tmp_path.iterdir()), finished.stderr
-    shown = {line[:22].strip(): line[22:].split() for line in finished.stdout.splitlines()}
+def test_profile_times_the_parts_and_leaves_nothing(tiny_run, tmp_path, processes, in_process, capsys):
+    arguments = "profile", *tiny(tiny_run, tmp_path)
+    if processes > 1:
+        finished = command(*arguments, script=".github/benchmark.py", launcher=torchrun(processes))
+        assert finished.returncode == 0, finished.stderr
+    else:
+        assert in_process(*arguments, script=benchmark) is None
+    printed = finished.stdout if processes > 1 else capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    shown = {line[:22].strip(): line[22:].split() for line in printed.splitlines()}
     parts = ["load", "crop + augment", "backbone", "projector", "gather + loss", "backward", "clip + optimiser"]
     parts += ["gradient all-reduce"] * (processes > 1)
     total = float(shown["sum of the parts"][0])
