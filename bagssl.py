@@ -130,7 +130,8 @@ def crop_patches(images, u, scale, size=None):
     images: (B, C, H, W), uint8 or float. u: (B, V, 3), uniform numbers in [0, 1): the vertical and the
     horizontal position, and the scale where that is a range. scale: the fraction of the image's area,
     or (low, high). size: the side to resize to, needed for a range; None keeps the image's own pixels.
-    Returns (B, V, C, s, s) in the images' dtype. Raises ValueError on a scale outside (0, 1].
+    Returns (B, V, C, s, s) in the images' dtype. Raises ValueError on a scale outside (0, 1], on a range
+    whose low is above its high, and on a range without a size.
     """
     height, width = images.shape[-2:]
     if isinstance(scale, (tuple, list)):
@@ -454,7 +455,7 @@ def train(config, device):
     if config.arch == "patchnet":
         encoder.backbone.whiten.weight.copy_(whitening_filters(images))
     encoder.to(device, memory_format=torch.channels_last)
-    undecayed = [p for p in encoder.parameters() if p.requires_grad and p.ndim == 1]  # of normalisation: not decayed
+    undecayed = [p for p in encoder.parameters() if p.requires_grad and p.ndim == 1]  # of normalisation
     decayed = [p for p in encoder.parameters() if p.requires_grad and p.ndim > 1]
     optimizer = torch.optim.SGD([{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}], lr=config.lr,
                                 momentum=0.9, nesterov=True, weight_decay=config.weight_decay, fused=True)

@@ -693,7 +693,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tiny_run, tmp
     folder, _ = tiny_run
     killed = command("-c", KILLER, *TINY, "--data", folder / "data", "--epochs", 15, "--out", tmp_path / "run",
                      "--save-every", 0, script="")
-    assert killed.returncode == 0 and int(killed.stdout.split()[-1]) >= 5, killed.stderr  # and not finished before
+    assert killed.returncode == 0 and "killed 10" in killed.stdout, (killed.stdout[-99:], killed.stderr)
     assert same_weights(tmp_path / "run", folder / "run")
     means = [np.mean(losses(tmp_path / "run", every=1)[i:i + 10]) for i in range(0, 45, 10)]
     assert means == pytest.approx(losses(folder / "run"), rel=1e-6)
@@ -873,12 +873,12 @@ def test_a_killed_process_ends_the_job_or_is_restarted(tiny_run, tmp_path, resta
         assert finished.returncode != 0 and bagssl.load_checkpoint(tmp_path / "run/checkpoint.pt")["step"] == 10
 
 
-def test_two_nodes(tiny_run, tmp_path):
+def test_two_nodes_of_two_processes(tiny_run, tmp_path):
     """Two launchers on one machine, the second late."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    launcher = torchrun(1, "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}")
+    launcher = torchrun(2, "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}")
     arguments = tiny(tiny_run, tmp_path)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(command, *arguments, launcher=launcher)
