@@ -28,6 +28,7 @@ follows: images, the demo's images, processes, the run, the command line.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -36,6 +37,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -53,18 +55,18 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Config
 #
-# Every field is a command-line flag with the comment as its help. A preset overrides the defaults,
-# and a flag overrides the preset.
+# Every field is a command-line flag with the comment as its help. A preset overrides the defaults, and a flag overrides
+# the preset.
 
 
 @dataclass
 class Config:
-    preset: str = "auto"  # demo, cifar10, cifar10-cpu, cifar100, imagenet; auto: cifar10 with CUDA, else demo
+    preset: str = ""  # demo, cifar10, cifar10-cpu, cifar100, imagenet; default: cifar10 with CUDA, else demo
     dataset: str = "demo"  # demo; cifar10, cifar100, stl10, fashionmnist; or any name: a folder DATA/DATASET
-    data: str = ""  # folder with images or torchvision's files; default: data, to which torchvision downloads
+    data: str = ""  # folder with images or torchvision's files; default: data/DATASET, filled by torchvision
     cache: str = ""  # folder for decoded images; default: .bagssl in the folder of images, so that all runs share it
     out: str = ""  # folder of the run; default: runs/PRESET; an interrupted run there is continued
     arch: str = "patchnet"  # patchnet, made for small patches; resnet18, resnet34, resnet50, as in published work
@@ -108,13 +110,13 @@ class UserError(Exception):
     """Something the person at the command line can fix: printed as one sentence, exit code 2."""
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Patches
 #
-# The method sees an image only through square patches of one fixed scale, the fraction of the
-# image's area that a patch covers. A patch is a pure function of its image and of eleven uniform
-# random numbers: two for its position and one for its scale, which only the multi-scale baseline
-# uses, and eight for its augmentation. One tensor of such numbers is all the randomness of a step.
+# The method sees an image only through square patches of one fixed scale, the fraction of the image's area that a patch
+# covers. A patch is a pure function of its image and of eleven uniform random numbers: two for its position and one for
+# its scale, which only the multi-scale baseline uses, and eight for its augmentation. One tensor of such numbers is all
+# the randomness of a step.
 
 
 def patch_side(height, width, scale):
@@ -199,13 +201,13 @@ def _resize_weights(start, side, extent, size):
     return weight / weight.sum(-1, keepdim=True)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Augmentation
 #
-# The colours of each patch are changed independently, so that colour alone cannot tell which patches
-# share an image. Operations, strengths and probabilities are those of the VICReg authors' code, in a
-# fixed order and without the blur, which leaves little of a small patch. The authors solarise one
-# view with probability 0 and the other with 0.2; here there are no first and second views: all get 0.1.
+# The colours of each patch are changed independently, so that colour alone cannot tell which patches share an image.
+# Operations, strengths and probabilities are those of the VICReg authors' code, in a fixed order and without the blur,
+# which leaves little of a small patch. The authors solarise one view with probability 0 and the other with 0.2; here
+# there are no first and second views: all get 0.1.
 
 
 def augment(patches, u, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter_prob=0.8, gray_prob=0.2,
@@ -256,16 +258,16 @@ def _shift_hue(patches, shift):
     return torch.stack([channel(5), channel(3), channel(1)], -3)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Encoder
 #
-# The backbone's output h = f(x) is the embedding of a patch x, and is kept after training; the
-# projector's output z = g(h) is its projection, on which the loss acts (the paper's section 2).
+# The backbone's output h = f(x) is the embedding of a patch x, and is kept after training; the projector's output z =
+# g(h) is its projection, on which the loss acts (the paper's section 2).
 #
-# `PatchNet` is a network for small patches. Its first layer is fixed and whitens the pixels, as in
-# Keller Jordan's airbench. Most of the pixels' variance is smooth colour, but patches differ by
-# edges and texture. Whitening makes the two equally strong, and learning starts faster.
-# `BatchNorm` is torch's, with statistics over the batches of all processes (see *Processes*).
+# `PatchNet` is a network for small patches. Its first layer is fixed and whitens the pixels, as in Keller Jordan's
+# airbench. Most of the pixels' variance is smooth colour, but patches differ by edges and texture. Whitening makes the
+# two equally strong, and learning starts faster. `BatchNorm` is torch's, with statistics over the batches of all
+# processes (see *Processes*).
 
 
 def normalize(images):
@@ -343,23 +345,22 @@ class Encoder(nn.Module):
         return h, self.projector(h)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Loss
 #
-# Two patches of one image should have close projections (invariance), over the batch each dimension
-# of z should vary (variance), and no two dimensions should be correlated (covariance); the last two
-# keep z from collapsing to a point or a line.
+# Two patches of one image should have close projections (invariance), over the batch each dimension of z should vary
+# (variance), and no two dimensions should be correlated (covariance); the last two keep z from collapsing to a point or
+# a line.
 #
-# What this learns, in the paper's formal terms: let p(x1, x2) be the joint distribution of two
-# patches of one image, and p(x) its marginal. Look for z with w z1.z2, for a constant w > 0, close to
-# p(x1, x2) / (p(x1) p(x2)), which is how much more often than by chance two patches occur together:
+# What this learns, in the paper's formal terms: let p(x1, x2) be the joint distribution of two patches of one image,
+# and p(x) its marginal. Look for z with w z1.z2, for a constant w > 0, close to p(x1, x2) / (p(x1) p(x2)), which is how
+# much more often than by chance two patches occur together:
 #     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - p(x1, x2) / (p(x1) p(x2)))^2 ].
 # Expand the square. Since E_{p(x1) p(x2)}[(z1.z2)^2] = || E[z z^T] ||_F^2, up to a constant
 #     L_C = 2 w L_S,   L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2:
-# pull together what occurs together, and keep the second moments small. Let z now be centred, with
-# variance 1 in each dimension. Then E |z1 - z2|^2 = const - 2 E[z1.z2] (invariance), and
-# || E[z z^T] ||_F^2 = const + sum_{d != e} cov_de^2 (covariance). VICReg subtracts the mean, and its
-# hinge holds the variance up at 1.
+# pull together what occurs together, and keep the second moments small. Let z now be centred, with variance 1 in each
+# dimension. Then E |z1 - z2|^2 = const - 2 E[z1.z2] (invariance), and || E[z z^T] ||_F^2 = const + sum_{d != e}
+# cov_de^2 (covariance). VICReg subtracts the mean, and its hinge holds the variance up at 1.
 
 
 def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, rank=0, world_size=1):
@@ -396,7 +397,7 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
     return loss, {"inv": inv.detach(), "var": var.detach(), "cov": cov.detach()}
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Bag of patches
 #
 # The image's representation: the mean of the embeddings h, not the projections z, of its patches.
@@ -426,13 +427,13 @@ class BagOfPatches(nn.Module):
         return torch.cat(bags)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Training
 #
-# Everything random is a function of the seed and the step: each process draws the numbers of the
-# whole batch and keeps those of its own images. So the patches do not depend on the number of
-# processes, and a resumed run draws the same images, crops and augmentations as one never stopped.
-# Below are `batches` (*Images*), RANK, WORLD_SIZE, `gather` and `autocast` (*Processes*), and `Run` (*The run*).
+# Everything random is a function of the seed and the step: each process draws the numbers of the whole batch and keeps
+# those of its own images. So the patches do not depend on the number of processes, and a resumed run draws the same
+# images, crops and augmentations as one never stopped. Below are `batches` (*Images*), RANK, WORLD_SIZE, `gather` and
+# `autocast` (*Processes*), and `Run` (*The run*).
 
 
 def training_views(images, u, config):
@@ -484,103 +485,93 @@ def train(config, device):
         run.finish()
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Images
 #
-# The method ends above; everything below is infrastructure. Whatever the source, images arrive as
-# one uint8 tensor (N, 3, S, S): decoded once, not once per epoch, and kept on the GPU if they fit.
+# The method ends above; everything below is infrastructure. Whatever the source, images arrive as one uint8 tensor (N,
+# 3, S, S): decoded once, not once per epoch, and kept on the GPU if they fit.
 
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashionmnist": "FashionMNIST"}
 
 
-def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0, quiet=False):
+def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0):
     """Load a set of images: uint8 (N, 3, image_size, image_size) and labels int64 (N,), or None without labels.
 
-    split: "pretrain" (labels may be missing), "train" or "test". The images are the first that exist of
-    - the demo's, for dataset "demo" without `data`;
-    - torchvision's files of `dataset`, in `data` (by default ./data) or data/dataset;
-    - images in data/dataset, or, if `data` is given and has no such folder, in `data`: train/ with val/
-      or test/, each with class folders, or, for pretraining, any photos at any depth;
-    - torchvision's files, downloaded, if no `data` is given.
-    Raises UserError if there are none, or naming the files that are broken.
+    split: "pretrain" (labels may be missing), "train" or "test". Without `data`, dataset "demo" is generated. All
+    others are read from data/DATASET, or from `data` if that is given and has no such folder: torchvision's files
+    of `dataset` (downloaded, if no `data` is given), or train/ with val/ or test/, each with class folders, or,
+    for pretraining, images at any depth. Raises UserError if there are none, or naming the files that are broken.
     """
-    root, known = Path(data or "data"), TORCHVISION_SETS.get(dataset)
-    folder, found = root / dataset if not data or (root / dataset).is_dir() else root, None
-    if dataset == "demo" and not data:
-        seeds = seed, list(DEMO_COUNTS).index(split)  # each split has random numbers of its own
-        found, source = demo_images(DEMO_COUNTS[split], image_size, seeds), "the demo"
-    for place in (root, folder) if known else ():
-        if not found and (found := load_torchvision(dataset, place, split)):
-            source = f"{known}, torchvision's files in {place}"
-    if not found and (found := load_folder(folder, split, image_size, cache, quiet)):
-        source = folder
-    if not found and (data or not known):
-        looked = f"{known} as torchvision keeps it, " if known else ""
-        raise UserError(f"no images in {folder} (looked for {looked}train/ with class folders, and at any depth "
-                        f"{' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}); name another folder with "
-                        f"--data, or use --preset demo, which needs none")
-    if not found:
-        found, source = load_torchvision(dataset, root, split, download=True), f"{known}, downloaded to {root}"
+    folder, name = Path(data or "data"), TORCHVISION_SETS.get(dataset)
+    if not data or (folder / dataset).is_dir():
+        folder = folder / dataset
+    with leaders_first(LOCAL_RANK == 0):  # one process per node decodes or downloads
+        if dataset == "demo" and not data:
+            seeds = seed, list(DEMO_COUNTS).index(split)  # each split has random numbers of its own
+            found, source = demo_images(DEMO_COUNTS[split], image_size, seeds), "the demo"
+        elif found := name and load_torchvision(name, folder, split):
+            source = f"{name}, torchvision's files in {folder}"
+        elif found := load_folder(folder, split, image_size, cache):
+            source = folder
+        elif name and not data:
+            found, source = load_torchvision(name, folder, split, download=True), f"{name}, downloaded to {folder}"
+        else:
+            looked = f"{name} as torchvision keeps it, " if name else ""
+            raise UserError(f"no images in {folder} (looked for {looked}train/ with class folders, and at any depth "
+                            f"{' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}); name another folder with "
+                            f"--data, or use --preset demo, which needs none")
     images, labels = torch.from_numpy(found[0]), found[1]
     if images.shape[-1] != image_size:
         images = torch.cat([torchvision.transforms.functional.resize(block, [image_size, image_size])
                             for block in images.split(1024)])
-    if not quiet:
+    if RANK == 0:
         print(f"images:  {len(images):,} ({split}) from {source}", flush=True)
     return images, None if labels is None else torch.from_numpy(labels).long()
 
 
-def load_torchvision(dataset, root, split, download=False):
-    """One of torchvision's sets: uint8 (N, 3, S, S), labels (N,); None if it is not in `root`, nor to be downloaded."""
-    name, which = TORCHVISION_SETS[dataset], {"train": split != "test"}
-    if dataset == "stl10":
-        which = {"split": {"pretrain": "train+unlabeled"}.get(split, split)}
+def load_torchvision(name, folder, split, download=False):
+    """One of torchvision's sets: uint8 (N, 3, S, S), labels (N,); None if it is not there, nor to be downloaded."""
+    which = {"train": split != "test"}
+    if name == "STL10":
+        which = {"split": "train+unlabeled" if split == "pretrain" else split}
     try:
-        found = getattr(torchvision.datasets, name)(root, download=download, **which)
+        found = getattr(torchvision.datasets, name)(folder, download=download, **which)
     except (OSError, RuntimeError) as error:
         if not download:
             return None
-        raise UserError(f"no {name} in {root} or {root / dataset}, and it could not be downloaded ({error}); name a "
-                        f"folder that has it with --data, or use --preset demo, which needs none") from error
-    images = np.asarray(found.data)
-    if images.ndim == 3:  # grey: (N, H, W)
-        images = np.repeat(images[:, None], 3, axis=1)
-    elif images.shape[-1] == 3:  # (N, H, W, 3)
-        images = images.transpose(0, 3, 1, 2)
-    return np.ascontiguousarray(images), np.asarray(found.labels if dataset == "stl10" else found.targets)
+        raise UserError(f"no {name} in {folder}, and it could not be downloaded ({error}); name a folder that has it "
+                        f"with --data, or use --preset demo, which needs none") from error
+    pixels, labels = zip(*((np.asarray(image.convert("RGB")), label) for image, label in found))
+    return np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2)), np.array(labels)
 
 
-def load_folder(folder, split, size, cache="", quiet=False):
+def load_folder(folder, split, size, cache=""):
     """The images of a folder, uint8 (N, 3, size, size), and labels (N,) or None; None if it holds none."""
     if not folder.is_dir():
         return None
-    train = chosen = folder / "train" if (folder / "train").is_dir() else folder
-    if split == "test":
-        chosen = next((folder / name for name in ("val", "test") if (folder / name).is_dir()), None)
-        if chosen is None or train == folder:
-            raise UserError(f"{folder} has not the class folders that the probe needs, in train/ and in val/ or test/")
+    train, test = folder / "train", folder / ("val" if (folder / "val").is_dir() else "test")
+    chosen = {"train": train, "test": test, "pretrain": train if train.is_dir() else folder}[split]
     found = torchvision.datasets.folder.make_dataset(  # at any depth
         str(chosen), {".": 0}, torchvision.datasets.folder.IMG_EXTENSIONS, allow_empty=True)
     names, labels = sorted(os.path.relpath(path, chosen) for path, _ in found), None
     names = [name for name in names if f"{os.sep}." not in os.sep + name]  # without hidden ones
-    if not names:
-        return None
-    if split != "pretrain":
-        classes = sorted(path.name for path in train.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if split == "pretrain":
+        if not names:
+            return None
+    else:
+        classes = sorted(path.name for path in train.glob("[!.]*") if path.is_dir())
         its_classes = [name.split(os.sep)[0] for name in names]
-        if not set(its_classes) <= set(classes):
-            raise UserError(f"{chosen} has no labels to probe: its images must lie in class folders, "
-                            f"the same ones in train/ and in val/ or test/")
+        if not names or not set(its_classes) <= set(classes):
+            raise UserError(f"{folder} has no labels to probe: its images must lie in class folders, the same ones "
+                            f"in train/ and in val/ or test/")
         labels = np.searchsorted(classes, its_classes)
-    return decode_folder(chosen, names, size, Path(cache or folder / ".bagssl"), quiet), labels
+    return decode_folder(chosen, names, size, Path(cache or folder / ".bagssl")), labels
 
 
 def decode_image(path, size):
     """Read, resize the short side to `size`, centre-crop: uint8 (3, size, size)."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        if min(image.size) < 8:
-            raise ValueError(f"{image.width} x {image.height} pixels show nothing")
         if image.mode.startswith("I"):  # 16 bits, which convert() would clip, not scale
             image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:  # convert() would show transparent pixels
@@ -590,7 +581,7 @@ def decode_image(path, size):
     return np.asarray(torchvision.transforms.functional.center_crop(image, size)).transpose(2, 0, 1)
 
 
-def decode_folder(folder, names, size, cache, quiet=False):
+def decode_folder(folder, names, size, cache):
     """The images `names` as one memory-mapped uint8 (N, 3, size, size).
 
     They are decoded once, on all cores, into a .npy file in `cache` that is named by a hash of the files' names,
@@ -600,44 +591,43 @@ def decode_folder(folder, names, size, cache, quiet=False):
     stats = [path.stat() if path.exists() else path.lstat() for path in paths]  # lstat: of a broken link
     listing = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)])
     path = cache / f"{folder.name}-{size}px-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
-    if path.exists():
-        return np.load(path, mmap_mode="c")  # copy on write, since torch.from_numpy wants to be able to write
-    broken, progress = [], Progress(quiet)
+    unfinished = cache / f".{uuid.uuid4().hex}.npy"  # another node may be decoding the same folder
+    shape, broken, progress = (len(names), 3, size, size), [], Progress()
 
-    def decode(name):
+    def decode(i):
         try:
-            return decode_image(folder / name, size)
+            pixels[i] = decode_image(paths[i], size)
         except Exception as error:  # whatever a decoder raises on a broken file
-            broken.append(f"{name} ({error if isinstance(error, ValueError) else type(error).__name__})")
+            broken.append(f"{names[i]} ({type(error).__name__})")
 
-    unfinished = cache / f".{uuid.uuid4().hex}.npy"  # another process, or node, may be decoding the same folder
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(names), 3, size, size)}
-            np.lib.format.write_array_header_2_0(file, header)
-            for first in range(0, len(names), 1024):  # a block at a time, so that memory is bounded
-                for pixels in pool.map(decode, names[first:first + 1024]):
-                    file.write(b"" if pixels is None else pixels.tobytes())
-                progress(f"decoding {folder}: {min(first + 1024, len(names)):,} of {len(names):,} images")
-        if broken:
-            raise UserError(f"{len(broken)} of {len(names)} images in {folder} cannot be used: "
-                            f"{', '.join(sorted(broken))}; remove or replace them")
-        if not path.exists():  # else another process was faster, and its file is in use
-            unfinished.replace(path)
+        if not path.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            if shutil.disk_usage(cache).free < math.prod(shape):  # writing to a map of a full disk would be a crash
+                raise OSError(f"it needs {math.prod(shape) / 1e9:.1f} GB")
+            pixels = np.lib.format.open_memmap(unfinished, "w+", np.uint8, shape)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                for block in np.array_split(np.arange(len(names)), len(names) // 1024 + 1):  # to bound memory
+                    list(pool.map(decode, block))
+                    if progress.due(last=block[-1] + 1 == len(names)):
+                        print(f"decoding {folder}: {block[-1] + 1:,} of {len(names):,} images", flush=True)
+            if broken:
+                raise UserError(f"{len(broken)} of {len(names)} images in {folder} cannot be used: "
+                                f"{', '.join(sorted(broken))}; remove or replace them")
+            pixels.flush()
+            if not path.exists():  # else another process was faster, and its file is in use
+                unfinished.rename(path)
     except OSError as error:
         raise UserError(f"cannot write decoded images to {cache} ({error}); give another --cache") from error
     finally:
         if unfinished.is_file():
             unfinished.unlink()
-    return np.load(path, mmap_mode="c")
+    return np.load(path, mmap_mode="c")  # copy on write, since torch.from_numpy wants to be able to write
 
 
 def training_images(config, device):
     """The images to pretrain on, on the GPU if they fit. Raises UserError if they are fewer than a batch."""
-    images, _ = leaders_first(  # one process per node decodes or downloads
-        lambda: load_images(config.dataset, config.data, "pretrain", config.image_size, config.cache, config.seed,
-                            quiet=RANK > 0), leads=LOCAL_RANK == 0)
+    images, _ = load_images(config.dataset, config.data, "pretrain", config.image_size, config.cache, config.seed)
     if len(images) < config.batch_size:
         raise UserError(f"{len(images)} images are fewer than one batch of {config.batch_size}; give more images or a "
                         f"smaller --batch-size")
@@ -668,14 +658,13 @@ def batches(images, config, rows, device, start, steps):
             yield step, batch
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The demo's images
 #
-# Generated, so that the truth is known. An image is a grid of 5 x 5 cells, each holding one of 24
-# types of part: 6 families (gratings, checks, rings, spokes, polygons, meshes) in 4 levels of detail. A
-# class is one family in all levels, or one level in all families: 6 + 4 classes. So a single part is ambiguous
-# between two classes, and only the mix of parts tells the class. Colour, contrast, angle, phase and
-# noise are independent of it.
+# Generated, so that the truth is known. An image is a grid of 5 x 5 cells, each holding one of 24 types of part: 6
+# families (gratings, checks, rings, spokes, polygons, meshes) in 4 levels of detail. A class is one family in all
+# levels, or one level in all families: 6 + 4 classes. So a single part is ambiguous between two classes, and only the
+# mix of parts tells the class. Colour, contrast, angle, phase and noise are independent of it.
 
 DEMO_CELLS = 5
 DEMO_COUNTS = {"pretrain": 16_000, "train": 1_000, "test": 2_000}
@@ -728,12 +717,12 @@ def demo_images(count, image_size, seed):
     return cells.transpose(0, 3, 1, 4, 2, 5).reshape(count, 3, image_size, image_size), labels, parts
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Processes
 #
-# torchrun starts a process per GPU, each with its part of every batch. Three things make them train as
-# one: batch normalisation with statistics of the whole batch, projections gathered for the loss, and
-# the average of the weights' gradients (DistributedDataParallel).
+# torchrun starts a process per GPU, each with its part of every batch. Three things make them train as one: batch
+# normalisation with statistics of the whole batch, projections gathered for the loss, and the average of the weights'
+# gradients (DistributedDataParallel).
 
 
 RANK = int(os.environ.get("RANK", 0))  # of this process among all
@@ -841,17 +830,16 @@ def start_process(name):
     return device
 
 
-def leaders_first(function, leads):
-    """Run function() on the leading processes first, then on the others, which wait for up to a day."""
-    if WORLD_SIZE == 1:
-        return function()
-    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # other groups give up in minutes
-    if not leads:
-        dist.barrier(waiting)
-    result = function()
-    if leads:
-        dist.barrier(waiting)
-    return result
+@contextlib.contextmanager
+def leaders_first(leads):
+    """The leading processes run the block first; the others wait for them, for up to a day."""
+    # A group of its own, since others give up in minutes.
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if dist.is_initialized() else None
+    if group and not leads:
+        dist.barrier(group)
+    yield
+    if group and leads:
+        dist.barrier(group)
 
 
 def has_bf16(device):
@@ -872,8 +860,8 @@ def generator_for(seed, purpose, index):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# The run: its folder (config.json, log.jsonl, checkpoint.pt, backbone.pt), what it prints, how it ends
+# ----------------------------------------------------------------------------------------------------------------------
+# The run: its folder (log.jsonl, checkpoint.pt, backbone.pt), what it prints, how it ends
 
 LOOK_EVERY = 10  # steps; in between nothing waits for the device
 
@@ -883,20 +871,25 @@ class Run:
 
     def __init__(self, config, device, encoder, optimizer, steps, checkpoint):
         self.config, self.encoder, self.optimizer, self.steps = config, encoder, optimizer, steps
-        self.out, self.start = Path(config.out), 0
+        self.out, self.start, path = Path(config.out), 0, Path(config.out) / "log.jsonl"
+        lines = [json.dumps({"step": 0, "config": dataclasses.asdict(config)}) + "\n"]
         if checkpoint:
             self.start = checkpoint["step"]
             encoder.load_state_dict(checkpoint["encoder"])
             optimizer.load_state_dict(checkpoint["optimizer"])
-        if RANK == 0:
-            print_plan(config, device, encoder, steps, self.start)
-            save_atomically(self.out / "config.json", json.dumps(settings_of(config), indent=1).encode())
-            path, lines = self.out / "log.jsonl", []
-            if path.exists():  # later lines will be written again
+            if RANK == 0 and path.exists():  # later lines will be written again
                 lines = [line for line in path.read_text().splitlines(keepends=True)
                          if line.endswith("}\n") and json.loads(line)["step"] <= self.start]
+        if RANK == 0:
+            side = patch_side(config.image_size, config.image_size, config.patch_scale[0])
+            parameters = sum(p.numel() for p in encoder.parameters()) / 1e6
+            state = f"at step {self.start} of" if self.start < steps else "complete (give another --out for a new run):"
+            print(f"model:   {config.arch} with projector, {parameters:.1f} M parameters, on {device.type} in "
+                  f"{'bfloat16' if has_bf16(device) else 'float32'}, processes: {WORLD_SIZE}\n"
+                  f"run:     {config.out} (preset {config.preset}), {state} {steps:,} steps of {config.batch_size} "
+                  f"images, {config.num_patches} patches of {side} x {side} each", flush=True)
             save_atomically(path, "".join(lines).encode())
-            self.log, self.progress, self.shown, self.warned = open(path, "a", buffering=1), Progress(), 0.0, False
+            self.log, self.progress, self.warned = open(path, "a", buffering=1), Progress(), False
         self.sums, self.looked, self.signals = torch.zeros(6, device=device), self.start, []
         self.begun = self.saved = time.monotonic()
 
@@ -946,17 +939,16 @@ class Run:
             sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
 
     def report(self, done, means, h):
-        """Add a line to log.jsonl, every five seconds with speed and effective rank; `Progress` shows some of these."""
-        entry, now = {"step": done, **means, "lr": self.optimizer.param_groups[0]["lr"]}, time.monotonic()
-        if done == self.steps or now - self.shown > 5:
-            self.shown, rank = now, effective_rank(h)
-            seconds = (now - self.begun) / (done - self.start)  # per step
+        """Add a line to log.jsonl; at times with the effective rank and the speed, and printed."""
+        entry = {"step": done, **means, "lr": self.optimizer.param_groups[0]["lr"]}
+        if self.progress.due(last=done == self.steps):
+            seconds, rank = (time.monotonic() - self.begun) / (done - self.start), effective_rank(h)
             rate = self.config.batch_size * self.config.num_patches / seconds
+            left = timedelta(seconds=round(seconds * (self.steps - done)))
             entry |= {"effective_rank": rank, "patches_per_s": rate}
-            self.progress("step {step}/{}  {} left  loss {loss:.3f} (inv {inv:.3f}  var {var:.3f}  cov {cov:.3f})  "
-                          "effective rank {:.0f}  {:,.0f} patches/s".format(
-                              self.steps, timedelta(seconds=round(seconds * (self.steps - done))), rank, rate, **entry),
-                          last=done == self.steps)
+            print("step {step}/{}  {} left  loss {loss:.3f} (inv {inv:.3f}  var {var:.3f}  cov {cov:.3f})  "
+                  "effective rank {effective_rank:.0f}  {patches_per_s:,.0f} patches/s".format(
+                      self.steps, left, **entry), flush=True)
             if rank < 2 and done > self.config.warmup * self.steps and not self.warned:
                 self.warned = True
                 print(f"warning: the embeddings have collapsed to effective rank {rank:.1f} at step {done}: start "
@@ -979,30 +971,16 @@ class Run:
                   f"probe it: python eval_linear.py --checkpoint {self.out}/checkpoint.pt")
 
 
-def print_plan(config, device, encoder, steps, start):
-    """What the run will do."""
-    scale, side = config.patch_scale, patch_side(config.image_size, config.image_size, config.patch_scale[0])
-    patches = f"{side} x {side}" if len(scale) == 1 else f"{scale[0]:g} to {scale[1]:g} of the area"
-    size = f", resized to {config.patch_size} x {config.patch_size}" if config.patch_size else ""
-    millions = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (encoder.backbone, encoder.projector)]
-    state = f"continued at step {start}" if start < steps else "complete already: give another --out for a new run"
-    print(f"patches: {config.num_patches} of {patches} per image of {config.image_size} x {config.image_size}{size}\n"
-          f"model:   {config.arch}, {millions[0]:.1f} M parameters, projector {millions[1]:.1f} M; "
-          f"{'bfloat16' if has_bf16(device) else 'float32'} on {device.type}, processes: {WORLD_SIZE}\n"
-          f"run:     {config.epochs} epochs, {steps:,} steps, {steps * config.batch_size * config.num_patches:,} "
-          f"patches; {config.out}{f', {state}' if start else ''}", flush=True)
-
-
 class Progress:
-    """A line of progress, at most one in 20 seconds, and the last."""
+    """Says when a line of progress is due: on the first process, after ten seconds, and at the end."""
 
-    def __init__(self, quiet=False):
-        self.quiet, self.next = quiet, 0.0
+    next = 0.0
 
-    def __call__(self, text, last=False):
-        if not self.quiet and (last or time.monotonic() > self.next):
-            self.next = time.monotonic() + 20
-            print(text, flush=True)
+    def due(self, last):
+        if RANK > 0 or time.monotonic() < self.next and not last:
+            return False
+        self.next = time.monotonic() + 10
+        return True
 
 
 def effective_rank(h):
@@ -1014,33 +992,22 @@ def effective_rank(h):
     return torch.special.entr(spectrum / spectrum.sum().clamp(min=1e-12)).sum().exp().item()
 
 
-def settings_of(config):
-    """The settings that must match for a run to be resumed, as plain JSON values."""
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))
-    return {name: value for name, value in plain.items()
-            if name not in ("preset", "out", "cache", "device", "compile", "save_every")}
-
-
 def open_run(config):
     """The last checkpoint of the run in config.out, None if it has none yet. The first process reads it for all."""
-    found = [read_run(config) if RANK == 0 else None]
+    out, found = Path(config.out), [None]
+    if RANK == 0 and (out / "checkpoint.pt").exists():
+        found = [load_checkpoint(out / "checkpoint.pt")]
+        changed = [f"{name} was {value}, is {getattr(config, name)}" for name, value in found[0]["config"].items()
+                   if name not in ("preset", "out", "cache", "device", "compile", "save_every")
+                   and value != getattr(config, name)]
+        if changed:
+            raise UserError(f"{out} holds a run of another config ({'; '.join(changed)}); give another --out, or "
+                            f"remove that folder")
+    elif RANK == 0 and out.is_dir() and any(out.glob("[!.]*")) and not (out / "log.jsonl").exists():
+        raise UserError(f"{out} exists and holds no run of bagssl.py; give another --out")
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(found)
     return found[0]
-
-
-def read_run(config):
-    out, settings = Path(config.out), settings_of(config)
-    if (out / "config.json").is_file():
-        there = json.loads((out / "config.json").read_text())
-        changed = [f"{name} was {there.get(name)}, is {value}" for name, value in settings.items()
-                   if there.get(name) != value]
-        if changed:
-            raise UserError(f"{out} holds a run of another config ({'; '.join(changed)}); "
-                            f"give another --out, or remove that folder")
-    elif out.is_dir() and any(out.glob("[!.]*")):
-        raise UserError(f"{out} exists and holds no run of bagssl.py; give another --out")
-    return load_checkpoint(out / "checkpoint.pt") if (out / "checkpoint.pt").exists() else None
 
 
 def save_atomically(path, content):
@@ -1087,7 +1054,7 @@ def load_encoder(path):
     return encoder.eval().to(memory_format=torch.channels_last), config
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -1101,59 +1068,41 @@ class Parser(argparse.ArgumentParser):
 def parse_config(argv=None):
     """The Config of a command line: defaults, overridden by the preset, overridden by the flags."""
     comments = dict(re.findall(r"^    (\w+): [^#]*# (.*)$", inspect.getsource(Config), re.M))
+    choices = {"preset": PRESETS, "arch": ("patchnet", "resnet18", "resnet34", "resnet50"), "stem_stride": (1, 2, 4),
+               "compile": ("auto", "yes", "no")}
     parser = Parser(prog="bagssl.py", description=__doc__.partition("\n")[0], allow_abbrev=False,
                     argument_default=argparse.SUPPRESS)
-    for field in dataclasses.fields(Config):
+    for name, field in Config.__dataclass_fields__.items():
         several = isinstance(field.default, tuple)
-        parser.add_argument("--" + field.name.replace("_", "-"), nargs="+" if several else None,
-                            metavar="X" if several else field.name.upper(),
-                            help=comments[field.name].replace("%", "%%"),
-                            type=type(field.default[0] if several else field.default))
+        parser.add_argument("--" + name.replace("_", "-"), type=type(field.default[0] if several else field.default),
+                            nargs={"patch_scale": "+", "projector": 3}.get(name), choices=choices.get(name),
+                            metavar="X" if several else name.upper(), help=comments[name].replace("%", "%%"))
     given = vars(parser.parse_args(argv))
-    preset = given.get("preset", "auto")
-    if preset == "auto":
-        preset = "cifar10" if torch.cuda.is_available() and given.get("device", "cuda").startswith("cuda") else "demo"
-        if RANK == 0:
-            print(f"preset {preset}, since CUDA is {'' if preset == 'cifar10' else 'not '}used; "
-                  f"--preset chooses among {', '.join(PRESETS)}")
-    if preset not in PRESETS:
-        raise UserError(f"no preset {preset!r}; there are auto, {', '.join(PRESETS)}")
+    cuda = torch.cuda.is_available() and given.get("device", "cuda").startswith("cuda")
+    preset = given.get("preset", "cifar10" if cuda else "demo")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    return Config(**{"out": f"runs/{preset}", **PRESETS[preset], **given, "preset": preset})
+    return Config(**{"preset": preset, "out": f"runs/{preset}", **PRESETS[preset], **given})
 
 
 def check_config(c, processes):
     """Raise UserError at the first invalid setting."""
-    for field in dataclasses.fields(c):
-        value = getattr(c, field.name)
+    most = 2 ** 31
+    limits = {"image_size": (1, 4096), "patch_size": (0, 1024), "patch_scale": (0, 1), "warmup": (0, 1),
+              "projector": (1, most), "num_patches": (2, most), "batch_size": (2, most), "epochs": (1, most)}
+    for name, value in vars(c).items():
+        least, greatest = limits.get(name, (0, most))
         for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, str) and not 0 <= number < 2 ** 31:
-                raise UserError(f"--{field.name.replace('_', '-')} must be a number from 0 to 2^31, not {number}")
-    side = c.patch_size or round(math.sqrt(c.patch_scale[0]) * c.image_size)
-    scales, archs = " ".join(f"{s:g}" for s in c.patch_scale), ("patchnet", "resnet18", "resnet34", "resnet50")
-    rules = [
-        (c.arch in archs, f"no --arch {c.arch}; there are {', '.join(archs)}"),
-        (c.stem_stride in (1, 2) or c.stem_stride == 4 and c.arch != "patchnet",
-         f"--stem-stride is 1 or 2, or 4 for a resnet, not {c.stem_stride}"),
-        (len(c.patch_scale) <= 2, f"--patch-scale takes one value or two, not {len(c.patch_scale)}"),
-        (all(0 < s <= 1 for s in c.patch_scale), f"--patch-scale is a fraction of the area, in (0, 1], not {scales}"),
-        (c.patch_scale[0] <= c.patch_scale[-1], f"--patch-scale takes the low value, then the high one, not {scales}"),
-        (len(c.patch_scale) == 1 or c.patch_size, "patches of several scales need a --patch-size to be resized to"),
-        (c.patch_size <= 1024, f"--patch-size is at most 1024 pixels, not {c.patch_size}"),
-        (1 <= c.image_size <= 4096, f"--image-size is 1 to 4096 pixels, not {c.image_size}"),
-        (side >= 3, f"patches must have 3 pixels or more, not {side}; give a larger --patch-scale or --patch-size"),
-        (c.num_patches >= 2, f"--num-patches must be 2 or more, since patches are compared; not {c.num_patches}"),
-        (c.batch_size >= 2, f"--batch-size must be 2 or more, since statistics are over the batch; not {c.batch_size}"),
-        (c.batch_size % processes == 0, f"--batch-size {c.batch_size} cannot be divided among {processes} processes"),
-        (c.epochs >= 1, f"--epochs must be 1 or more, not {c.epochs}"),
-        (len(c.projector) == 3 and min(c.projector) >= 1, "--projector takes three widths, such as 2048 2048 2048"),
-        (c.lr > 0 and c.clip > 0, f"--lr and --clip must be above 0, not {c.lr:g} and {c.clip:g}"),
-        (c.warmup <= 1, f"--warmup is a fraction of the steps, in [0, 1], not {c.warmup:g}"),
-        (c.compile in ("auto", "yes", "no"), f"--compile is auto, yes or no, not {c.compile}"),
-    ]
-    for holds, sentence in rules:
-        if not holds:
-            raise UserError(sentence)
+            if not isinstance(number, str) and not least <= number <= greatest:
+                raise UserError(f"--{name.replace('_', '-')} must be a number from {least} to {greatest}, not {number}")
+    low, *more = c.patch_scale
+    if more and (len(more) > 1 or low > more[0] or not c.patch_size):
+        raise UserError(f"--patch-scale takes one value, or a low and a high one together with a --patch-size to "
+                        f"resize to, not {' '.join(map(str, c.patch_scale))}")
+    side = c.patch_size or round(math.sqrt(low) * c.image_size)
+    if side < 3:
+        raise UserError(f"patches must have 3 pixels or more, not {side}; give a larger --patch-scale or --patch-size")
+    if c.batch_size % processes:
+        raise UserError(f"--batch-size {c.batch_size} cannot be divided among {processes} processes")
 
 
 def run_cli(main):

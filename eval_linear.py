@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import torchvision
 
 import bagssl
-from bagssl import LOCAL_RANK, RANK, WORLD_SIZE, BagOfPatches, Encoder, UserError
+from bagssl import RANK, WORLD_SIZE, BagOfPatches, Encoder, UserError
 
 # --------------------------------------------------------------------------------------------------
 # Features
@@ -50,12 +50,13 @@ def embed(embedder, images, device, name="", block=256):
     """
     part = math.ceil(len(images) / WORLD_SIZE)
     mine = torch.arange(RANK * part, (RANK + 1) * part).clamp(max=len(images) - 1)  # the last one padded
-    features, progress = [], bagssl.Progress(quiet=RANK > 0)
+    features, progress = [], bagssl.Progress()
     for rows in mine.split(block):
         with bagssl.autocast(device):
             features.append(embedder(images[rows].to(device)).float().cpu())
         done = min(len(images), len(features) * block * WORLD_SIZE)
-        progress(f"{name}: {done:,} of {len(images):,} images")
+        if name and progress.due(done == len(images)):
+            print(f"{name}: {done:,} of {len(images):,} images", flush=True)
     features = torch.cat(features)
     if WORLD_SIZE > 1:
         parts = [torch.empty_like(features) for _ in range(WORLD_SIZE)] if RANK == 0 else None
@@ -255,9 +256,8 @@ def check_arguments(arguments):
 
 def load_split(config, arguments, split):
     """The images and labels of a split, as many as the arguments say, drawn at random."""
-    images, labels = bagssl.leaders_first(
-        lambda: bagssl.load_images(config.dataset, config.data, split, config.image_size, config.cache, config.seed,
-                                   quiet=RANK > 0), leads=LOCAL_RANK == 0)
+    c = config
+    images, labels = bagssl.load_images(c.dataset, c.data, split, c.image_size, c.cache, c.seed)
     limit = getattr(arguments, f"{split}_images")
     if limit:
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit]
@@ -294,23 +294,20 @@ def main():
     rows[f"untrained, bag of {control ** 2}"] = BagOfPatches(untrained, control, scale, size)
     rows["raw pixels"] = Pixels()
 
-    def probe(train, test):  # on the first process, while the others wait
-        if RANK > 0:
-            return None
-        parts = train.to(device), train_labels.to(device), test.to(device), test_labels.to(device)
-        return linear_probe(*parts) | {"knn": knn_probe(*parts)}
-
     results = []
     for name, embedder in rows.items():
         train = embed(embedder, train_images, device, f"{name}, train")
         test = embed(embedder, test_images, device, f"{name}, test")
-        found = bagssl.leaders_first(lambda: probe(train, test), leads=RANK == 0)
-        if found:
-            if not results:
-                print(f"{'% of test images right':24}  linear top-1{'  top-5' * ('top5' in found)}    kNN")
-            top5 = f"  {found['top5']:5.2f}" if "top5" in found else ""
-            print(f"{name:24}  {found['top1']:12.2f}{top5}  {found['knn']:5.2f}", flush=True)
-            results.append({"features": name, **found})
+        with bagssl.leaders_first(RANK == 0):
+            if RANK > 0:
+                continue
+            parts = train.to(device), train_labels.to(device), test.to(device), test_labels.to(device)
+            found = {"features": name, **linear_probe(*parts), "knn": knn_probe(*parts)}
+        if not results:
+            print(f"{'% of test images right':24}  linear top-1{'  top-5' * ('top5' in found)}    kNN")
+        top5 = f"  {found['top5']:5.2f}" if "top5" in found else ""
+        print(f"{name:24}  {found['top1']:12.2f}{top5}  {found['knn']:5.2f}", flush=True)
+        results.append(found)
     if RANK == 0:
         save_results(arguments, "probe", data=config.data, image_size=config.image_size, patch_scale=scale,
                      patch_size=size, train_images=len(train_images), test_images=len(test_images), results=results)

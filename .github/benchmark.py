@@ -114,8 +114,6 @@ def profile(flags, warm_up=3, rounds=20):
     backbone, projector = encoder.backbone, encoder.projector
     if views is not bagssl.training_views:  # compiled, as the backbone and the projector are within the model
         backbone, projector = torch.compile(backbone), torch.compile(projector)
-    if RANK == 0:
-        bagssl.print_plan(config, device, encoder, steps, start=0)
 
     b, times = config.batch_size // WORLD_SIZE, defaultdict(list)
     mine = slice(RANK * b, (RANK + 1) * b)

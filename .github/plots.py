@@ -48,7 +48,7 @@ def draw(name, show, plot, label, runs):
     """One picture: a panel for each data set that has runs with `show` in their eval.jsonl, its longest table."""
     panels = {}
     for run in runs:
-        config = json.loads((run / "config.json").read_text())
+        config = json.loads((run / "log.jsonl").read_text().splitlines()[0])["config"]
         tables = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
         rows = max((table["results"] for table in tables if table["show"] == show), key=len, default=None)
         if rows:
