@@ -18,8 +18,8 @@ Learning" (TMLR 2023, arXiv:2206.08954).
 torch 2.15.0, one run), a linear probe is right on 68 % of the test images from one patch, on 77 % from
 a bag of 16, and on 57 % from a bag of the untrained network.
 
-The method comes first: patches, augmentation, encoder, loss, bag, training. Its infrastructure
-follows: images, the demo's images, processes, the run, the command line.
+The method is the first part of the file: patches, augmentation, encoder, loss, bag, training. The rest is
+infrastructure: images, the demo's images, processes, the run, the command line.
 
     python bagssl.py --preset demo                       # generated images; needs no data and no GPU
     python bagssl.py --preset cifar10-cpu                # CIFAR-10 on a CPU
@@ -73,12 +73,12 @@ class Config:
     stem_stride: int = 1  # of the first layer, 1 or 2; 4: a resnet's standard stem, 7x7 convolution and pooling
     projector: tuple = (2048, 2048, 2048)  # widths of the projector's three layers; wider is better for VICReg
     image_size: int = 32  # images are resized to this short side and centre-cropped to a square
-    patch_scale: tuple = (0.25,)  # fraction of the image's area in a patch; two: drawn between them (multi-scale)
+    patch_scale: tuple = (0.25,)  # a patch's fraction of the image's area; two values: drawn between them (multi-scale)
     patch_size: int = 0  # patches are resized to this side; 0: not resized
     num_patches: int = 4  # V, patches per image and step
     batch_size: int = 256  # B, images per step, over all processes
     epochs: int = 30  # passes over the images
-    lr: float = 0.1  # peak learning rate of SGD with Nesterov momentum 0.9
+    lr: float = 0.1  # base learning rate of SGD with Nesterov momentum 0.9
     clip: float = 2.0  # maximum gradient norm; without it the first gradients, 20 times the later ones, do harm
     warmup: float = 0.1  # fraction of the steps over which the learning rate rises
     weight_decay: float = 1e-4  # not applied to biases and normalisation
@@ -92,8 +92,8 @@ class Config:
 
 
 PRESETS = {
-    # Ten classes need few dimensions of z. Two patches of an image have little in common here: without a
-    # larger weight on the covariance term, making them agree outweighs telling images apart.
+    # Ten classes need few dimensions of z. Two patches of an image have little in common here: with cov_weight=1,
+    # the invariance term outweighs the others.
     "demo": dict(image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
     # Small batches take more steps in the same time. With inv_weight=25, z collapses early on.
@@ -114,9 +114,8 @@ class UserError(Exception):
 # Patches
 #
 # The method sees an image only through square patches of one fixed scale, the fraction of the image's area that a patch
-# covers. A patch is a pure function of its image and of eleven uniform random numbers: two for its position and one for
-# its scale, which only the multi-scale baseline uses, and eight for its augmentation. One tensor of such numbers is all
-# the randomness of a step.
+# covers. A patch is a pure function of its image and of eleven uniform random numbers: two place it, one scales it (in
+# the multi-scale baseline only), and eight augment it. One tensor of such numbers makes all patches of a step.
 
 
 def patch_side(height, width, scale):
@@ -170,16 +169,11 @@ def grid_patches(images, per_side, scale, size=None):
 def _cut(images, top, left, side, size):
     """The squares whose corners are top and left, int64 (B, V) or (1, V); side: an int, or of the same shape."""
     if isinstance(side, int) and size in (None, side):
-        # One gather. The index has an axis for each of B, V, C, y, x, and broadcasts over the rest.
-        pixel = torch.arange(side, device=images.device)
-        b = torch.arange(images.shape[0], device=images.device)[:, None, None, None, None]
-        c = torch.arange(images.shape[1], device=images.device)[:, None, None]
-        y = (top[..., None] + pixel)[:, :, None, :, None]  # (B, V, 1, s, 1)
-        x = (left[..., None] + pixel)[:, :, None, None, :]  # (B, V, 1, 1, s)
-        return images[b, c, y, x]
-    # Crop and resize along each axis by a matrix of weights, of which each patch has its own two.
-    rows, columns = (_resize_weights(start, side, extent, size).expand(len(images), -1, -1, -1)  # (B, V, s, extent)
-                     for start, extent in zip((top, left), images.shape[-2:]))
+        squares = images.unfold(2, side, 1).unfold(3, side, 1)  # all of them, (B, C, top, left, s, s), as a view
+        return squares[torch.arange(len(images), device=images.device)[:, None], :, top, left]
+    # Crop and resize at once: each patch has a matrix of weights for its rows, and one for its columns.
+    rows = _resize_weights(top, side, images.shape[-2], size)  # (B or 1, V, size, H)
+    columns = _resize_weights(left, side, images.shape[-1], size)  # (B or 1, V, size, W)
     patches = torch.einsum("bvyh,bchw,bvxw->bvcyx", rows, images.float(), columns)
     if not images.is_floating_point():
         patches = patches.round().clamp(0, 255)  # weights sum to 1 only up to rounding
@@ -214,10 +208,10 @@ def augment(patches, u, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, j
             solarize_prob=0.1):
     """Flip, jitter, grey and solarise each patch by its own random numbers.
 
-    patches: float (..., 3, s, s) in [0, 1]. u: (..., 8), uniform numbers in [0, 1). With probability
-    jitter_prob, brightness, contrast and saturation get factors in 1 +- their strength and the hue is
-    shifted by up to +- `hue` turns, as torchvision.transforms.functional does. The probability of a
-    flip is 1/2. Returns the same shape and range. Raises ValueError on other patches.
+    patches: float (..., 3, s, s) in [0, 1]. u: (..., 8), uniform numbers in [0, 1). A patch is flipped with
+    probability 1/2. With probability jitter_prob it is jittered as by torchvision.transforms.functional: its
+    brightness, contrast and saturation are scaled by factors in 1 +- their strength, and its hue is shifted
+    by up to +- `hue` turns. Returns the same shape and range. Raises ValueError on other patches.
     """
     if not patches.is_floating_point() or patches.shape[-3] != 3:
         raise ValueError(f"augment takes float patches (..., 3, s, s) in [0, 1], not {patches.dtype} "
@@ -228,8 +222,8 @@ def augment(patches, u, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, j
         for amount, strength in zip(amounts, (brightness, contrast, saturation, hue)))
     x = torch.where(flip < 0.5, patches.flip(-1), patches)
     x = (x * (1 + brighten)).clamp(0, 1)
-    x = torch.lerp(_luma(x).mean((-2, -1), keepdim=True).expand_as(x), x, 1 + steepen).clamp(0, 1)
-    x = torch.lerp(_luma(x).expand_as(x), x, 1 + saturate).clamp(0, 1)
+    x = torch.lerp(_luma(x).mean((-2, -1), keepdim=True), x, 1 + steepen).clamp(0, 1)
+    x = torch.lerp(_luma(x), x, 1 + saturate).clamp(0, 1)
     x = _shift_hue(x, turn)
     x = torch.where(gray < gray_prob, _luma(x), x)
     return torch.where((solarize < solarize_prob) & (x >= 0.5), 1 - x, x)
@@ -273,8 +267,7 @@ def _shift_hue(patches, shift):
 def normalize(images):
     """uint8 in [0, 255] or float in [0, 1] -> float32 standardised by ImageNet's mean and deviation."""
     images = images if images.is_floating_point() else images / 255
-    mean = torch.tensor([0.485, 0.456, 0.406], device=images.device)[:, None, None]
-    std = torch.tensor([0.229, 0.224, 0.225], device=images.device)[:, None, None]
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=images.device)[..., None, None]
     return (images.float() - mean) / std
 
 
@@ -336,8 +329,8 @@ class Encoder(nn.Module):
         self.backbone = make_backbone(arch, stem_stride)
         first, second, last = projector
         self.projector = nn.Sequential(
-            nn.Linear(self.backbone.width, first, bias=False), BatchNorm(first), nn.ReLU(inplace=True),
-            nn.Linear(first, second, bias=False), BatchNorm(second), nn.ReLU(inplace=True),
+            nn.Linear(self.backbone.width, first, bias=False), BatchNorm(first), nn.ReLU(),
+            nn.Linear(first, second, bias=False), BatchNorm(second), nn.ReLU(),
             nn.Linear(second, last, bias=False))
 
     def forward(self, x):
@@ -354,16 +347,16 @@ class Encoder(nn.Module):
 #
 # What this learns, in the paper's formal terms: let p(x1, x2) be the joint distribution of two patches of one image,
 # and p(x) its marginal. Look for z with w z1.z2, for a constant w > 0, close to p(x1, x2) / (p(x1) p(x2)), which is how
-# much more often than by chance two patches occur together:
+# much more often than by chance two patches occur together (both losses are the paper's):
 #     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - p(x1, x2) / (p(x1) p(x2)))^2 ].
-# Expand the square. Since E_{p(x1) p(x2)}[(z1.z2)^2] = || E[z z^T] ||_F^2, up to a constant
+# Expand the square and use E_{p(x1) p(x2)}[(z1.z2)^2] = || E[z z^T] ||_F^2: but for a constant,
 #     L_C = 2 w L_S,   L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2:
 # pull together what occurs together, and keep the second moments small. Let z now be centred, with variance 1 in each
 # dimension. Then E |z1 - z2|^2 = const - 2 E[z1.z2] (invariance), and || E[z z^T] ||_F^2 = const + sum_{d != e}
 # cov_de^2 (covariance). VICReg subtracts the mean, and its hinge holds the variance up at 1.
 
 
-def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, rank=0, world_size=1):
+def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, pool=False, rank=0, world_size=1):
     """VICReg for V patches per image: the mean, over all pairs of patches, of the two-view loss.
 
     z: projections (B, V, D), B >= 2 images of V >= 2 patches. For patches i and j of every image,
@@ -371,6 +364,8 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
         hinge(z) = mean_d relu(1 - sqrt(var_d + eps)),  cov(z) = sum_{d != e} cov_de^2 / D,
     variances and covariances over the batch, with divisor B - 1. This is the VICReg authors' code
     (Bardes, Ponce, LeCun, 2022); the equation in their paper does not halve the hinges.
+    pool: take variances and covariances once over all B V patches, not V times over B. Their expectation is
+    nearly the same (all patches are draws from p(x) above), their sampling noise is far smaller.
     Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. Computed in float32
     (float64 if z is), also under autocast. Raises ValueError on a z of another shape.
 
@@ -384,7 +379,10 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
         z = z if z.dtype == torch.float64 else z.float()
         # The mean over pairs of |zi - zj|^2 is 2 / (V - 1) times the sum over patches of |zv - mean z|^2.
         inv = 2 / (V - 1) * (z - z.mean(1, keepdim=True)).square().sum() / (B * D)
+        if pool:
+            z = z.reshape(B * V, 1, D)
         # Each patch is in equally many pairs: the mean over pairs of hinges and covariances is that over patches.
+        B, V, D = z.shape
         z = (z - z.mean(0)).transpose(0, 1)  # (V, B, D), each dimension centred over the batch
         variance = z.square().sum(1) / (B - 1)  # (V, D)
         var = (1 - (variance + eps).sqrt()).relu().mean()
@@ -408,8 +406,8 @@ class BagOfPatches(nn.Module):
 
     backbone: patches (N, 3, s, s) -> (N, D); must be in eval mode. per_side**2 patches of area fraction
     `scale`, resized to `size` if given (see `grid_patches`). forward takes (B, 3, H, W), uint8 or
-    float in [0, 1], and returns float32 (B, D). At most `chunk` patches go through the backbone at
-    once, which without gradients bounds the memory that it needs.
+    float in [0, 1], and returns float32 (B, D). At most `chunk` patches go through the backbone at once, so
+    that memory is bounded where no gradients are taken.
     """
 
     def __init__(self, backbone, per_side, scale, size=None, chunk=256):
@@ -432,8 +430,8 @@ class BagOfPatches(nn.Module):
 #
 # Everything random is a function of the seed and the step: each process draws the numbers of the whole batch and keeps
 # those of its own images. So the patches do not depend on the number of processes, and a resumed run draws the same
-# images, crops and augmentations as one never stopped. Below are `batches` (*Images*), RANK, WORLD_SIZE, `gather` and
-# `autocast` (*Processes*), and `Run` (*The run*).
+# images, crops and augmentations as one never stopped. What is not defined above is in *Images*, *Processes* and *The
+# run*; RANK counts the WORLD_SIZE processes from 0.
 
 
 def training_views(images, u, config):
@@ -448,40 +446,41 @@ def training_views(images, u, config):
 
 
 def train(config, device):
-    """Pretrain as `config` says; `config.out` gets config.json, log.jsonl, checkpoint.pt and backbone.pt."""
-    checkpoint = open_run(config)  # of an earlier run in config.out, or None
+    """Pretrain as `config` says; `config.out` gets log.jsonl, checkpoint.pt and backbone.pt."""
+    checkpoint = find_checkpoint(config)  # in config.out, or None
     images = training_images(config, device)  # uint8 (N, 3, S, S)
     torch.manual_seed(config.seed)
     encoder = Encoder(config.arch, config.stem_stride, config.projector)
     if config.arch == "patchnet":
         encoder.backbone.whiten.weight.copy_(whitening_filters(images))
     encoder.to(device, memory_format=torch.channels_last)
-    undecayed = [p for p in encoder.parameters() if p.requires_grad and p.ndim == 1]  # of normalisation
-    decayed = [p for p in encoder.parameters() if p.requires_grad and p.ndim > 1]
-    optimizer = torch.optim.SGD([{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}], lr=config.lr,
-                                momentum=0.9, nesterov=True, weight_decay=config.weight_decay, fused=True)
+    weights = [p for p in encoder.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in weights if p.ndim > 1]},
+              {"params": [p for p in weights if p.ndim == 1], "weight_decay": 0.0}]  # of normalisation
+    optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay,
+                                fused=True)
     model, make_views = parallelize_and_compile(encoder, training_views, config, device)
 
     B, V, b = config.batch_size, config.num_patches, config.batch_size // WORLD_SIZE
     mine = slice(RANK * b, (RANK + 1) * b)  # the rows of a batch that are this process's
     steps = config.epochs * (len(images) // B)
-    with Run(config, device, encoder, optimizer, steps, checkpoint) as run:
+    with Run(config, device, encoder, optimizer, steps, checkpoint) as run:  # from the checkpoint on, if there is one
         for step, batch in batches(images, config, mine, device, run.start, steps):
             u = torch.rand(B, V, 11, generator=generator_for(config.seed, "patches", step))[mine]
-            x = make_views(batch, u.to(device, non_blocking=True), config)  # (b V, 3, s, s)
+            x = make_views(batch, u.to(device), config)  # (b V, 3, s, s)
             with autocast(device):
                 h, z = model(x)  # (b V, D), (b V, D')
             z = gather(z.unflatten(0, (-1, V)))  # (B, V, D')
-            loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
+            loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight, pool=True,
                                       rank=RANK, world_size=WORLD_SIZE)
             optimizer.zero_grad()
             loss.backward()  # `gather` sums over processes and DDP divides: the gradient of the whole batch's loss
-            norm = nn.utils.clip_grad_norm_(decayed + undecayed, config.clip)  # the norm before clipping
+            norm = nn.utils.clip_grad_norm_(weights, config.clip)  # the norm before clipping
             warmup = min(1, (step + 1) / (config.warmup * steps + 1))
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * warmup * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.step()
-            run.look(step, loss, terms, norm, h)  # every tenth step: check for bad numbers, log, save, obey signals
+            run.after_step(step, loss, terms, norm, h)  # every tenth: check for bad numbers, log, save, obey signals
         run.finish()
 
 
@@ -497,10 +496,11 @@ TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL1
 def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0):
     """Load a set of images: uint8 (N, 3, image_size, image_size) and labels int64 (N,), or None without labels.
 
-    split: "pretrain" (labels may be missing), "train" or "test". Without `data`, dataset "demo" is generated. All
-    others are read from data/DATASET, or from `data` if that is given and has no such folder: torchvision's files
-    of `dataset` (downloaded, if no `data` is given), or train/ with val/ or test/, each with class folders, or,
-    for pretraining, images at any depth. Raises UserError if there are none, or naming the files that are broken.
+    split: "pretrain" (labels may be missing), "train" or "test". Without `data`, dataset "demo" is generated, and
+    others are looked for in the folder data/DATASET. With `data` they are looked for in its subfolder DATASET, or
+    if it has none in `data` itself. Such a folder holds torchvision's files of `dataset` (downloaded if no `data`
+    is given), or train/ with val/ or test/, each with class folders, or, for pretraining, images at any depth.
+    Raises UserError if there are none, or naming the files that are broken.
     """
     folder, name = Path(data or "data"), TORCHVISION_SETS.get(dataset)
     if not data or (folder / dataset).is_dir():
@@ -649,7 +649,7 @@ def batches(images, config, rows, device, start, steps):
         if device.type == "cuda" and not chosen.is_cuda:
             with torch.cuda.device(device):  # a new thread starts with the first GPU, and would occupy memory there
                 chosen = chosen.pin_memory()
-        return chosen.to(device, non_blocking=True)
+        return chosen.to(device, non_blocking=device.type == "cuda")
 
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(read, start)
@@ -747,7 +747,7 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """The rows of all processes, with gradients: (n, ...) -> (world size n, ...)."""
+    """The rows of all processes, with gradients: (n, ...) -> (WORLD_SIZE * n, ...)."""
     return Gather.apply(x) if dist.is_initialized() else x
 
 
@@ -801,7 +801,7 @@ def parallelize_and_compile(encoder, views, config, device):
         encoder = nn.parallel.DistributedDataParallel(  # starts all processes with the first one's weights
             encoder, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
-        encoder, views = torch.compile(encoder), torch.compile(views)  # DDP included: it still overlaps
+        encoder, views = torch.compile(encoder), torch.compile(views)  # DDP too: it still communicates during backward
     return encoder, views
 
 
@@ -867,7 +867,7 @@ LOOK_EVERY = 10  # steps; in between nothing waits for the device
 
 
 class Run:
-    """A run of training and its folder. It resumes an interrupted run; `look` is its part of each step."""
+    """A run of training and its folder. It resumes an interrupted run; `after_step` is its part of each step."""
 
     def __init__(self, config, device, encoder, optimizer, steps, checkpoint):
         self.config, self.encoder, self.optimizer, self.steps = config, encoder, optimizer, steps
@@ -881,7 +881,7 @@ class Run:
                 lines = [line for line in path.read_text().splitlines(keepends=True)
                          if line.endswith("}\n") and json.loads(line)["step"] <= self.start]
         if RANK == 0:
-            side = patch_side(config.image_size, config.image_size, config.patch_scale[0])
+            side = config.patch_size or patch_side(config.image_size, config.image_size, config.patch_scale[0])
             parameters = sum(p.numel() for p in encoder.parameters()) / 1e6
             state = f"at step {self.start} of" if self.start < steps else "complete (give another --out for a new run):"
             print(f"model:   {config.arch} with projector, {parameters:.1f} M parameters, on {device.type} in "
@@ -904,10 +904,10 @@ class Run:
     def note(self, number, _):
         """Remember a signal for the next look. Repeated ones are ignored, since torchrun forwards Ctrl-C again."""
         if RANK == 0 and not self.signals:
-            os.write(2, f"stopping within {LOOK_EVERY} steps, after a checkpoint; Ctrl-\\ stops without\n".encode())
+            os.write(2, f"stopping within {LOOK_EVERY} steps, after a checkpoint; Ctrl-\\ stops at once\n".encode())
         self.signals.append(number)
 
-    def look(self, step, loss, terms, norm, h):
+    def after_step(self, step, loss, terms, norm, h):
         """Add up a step's numbers; every tenth step check and log their means, save if it is time, obey a signal."""
         self.sums += torch.stack([loss.detach(), *terms.values(), norm, (norm > self.config.clip).float()])
         done, last = step + 1, step + 1 == self.steps
@@ -942,16 +942,16 @@ class Run:
         """Add a line to log.jsonl; at times with the effective rank and the speed, and printed."""
         entry = {"step": done, **means, "lr": self.optimizer.param_groups[0]["lr"]}
         if self.progress.due(last=done == self.steps):
-            seconds, rank = (time.monotonic() - self.begun) / (done - self.start), effective_rank(h)
+            seconds, effective = (time.monotonic() - self.begun) / (done - self.start), effective_rank(h)  # per step
             rate = self.config.batch_size * self.config.num_patches / seconds
             left = timedelta(seconds=round(seconds * (self.steps - done)))
-            entry |= {"effective_rank": rank, "patches_per_s": rate}
-            print("step {step}/{}  {} left  loss {loss:.3f} (inv {inv:.3f}  var {var:.3f}  cov {cov:.3f})  "
-                  "effective rank {effective_rank:.0f}  {patches_per_s:,.0f} patches/s".format(
-                      self.steps, left, **entry), flush=True)
-            if rank < 2 and done > self.config.warmup * self.steps and not self.warned:
+            entry |= {"effective_rank": effective, "patches_per_s": rate}
+            terms = "  ".join(f"{name} {means[name]:.3f}" for name in ("inv", "var", "cov"))
+            print(f"step {done}/{self.steps}  {left} left  loss {means['loss']:.3f} ({terms})  "
+                  f"effective rank {effective:.0f}  {rate:,.0f} patches/s", flush=True)
+            if effective < 2 and done > self.config.warmup * self.steps and not self.warned:
                 self.warned = True
-                print(f"warning: the embeddings have collapsed to effective rank {rank:.1f} at step {done}: start "
+                print(f"warning: the embeddings have collapsed to effective rank {effective:.1f} at step {done}: start "
                       f"again with a lower --lr or a larger --cov-weight, and another --out", file=sys.stderr)
         self.log.write(json.dumps(entry) + "\n")
 
@@ -992,7 +992,7 @@ def effective_rank(h):
     return torch.special.entr(spectrum / spectrum.sum().clamp(min=1e-12)).sum().exp().item()
 
 
-def open_run(config):
+def find_checkpoint(config):
     """The last checkpoint of the run in config.out, None if it has none yet. The first process reads it for all."""
     out, found = Path(config.out), [None]
     if RANK == 0 and (out / "checkpoint.pt").exists():
@@ -1087,8 +1087,9 @@ def parse_config(argv=None):
 def check_config(c, processes):
     """Raise UserError at the first invalid setting."""
     most = 2 ** 31
-    limits = {"image_size": (1, 4096), "patch_size": (0, 1024), "patch_scale": (0, 1), "warmup": (0, 1),
-              "projector": (1, most), "num_patches": (2, most), "batch_size": (2, most), "epochs": (1, most)}
+    limits = {"image_size": (1, 4096), "patch_size": (0, 1024), "patch_scale": (1e-6, 1), "warmup": (0, 1),
+              "clip": (1e-6, most), "projector": (1, most), "num_patches": (2, most), "batch_size": (2, most),
+              "epochs": (1, most)}
     for name, value in vars(c).items():
         least, greatest = limits.get(name, (0, most))
         for number in value if isinstance(value, tuple) else (value,):
@@ -1098,9 +1099,11 @@ def check_config(c, processes):
     if more and (len(more) > 1 or low > more[0] or not c.patch_size):
         raise UserError(f"--patch-scale takes one value, or a low and a high one together with a --patch-size to "
                         f"resize to, not {' '.join(map(str, c.patch_scale))}")
-    side = c.patch_size or round(math.sqrt(low) * c.image_size)
+    side = c.patch_size or patch_side(c.image_size, c.image_size, low)
     if side < 3:
         raise UserError(f"patches must have 3 pixels or more, not {side}; give a larger --patch-scale or --patch-size")
+    if c.arch == "patchnet" and c.stem_stride == 4:
+        raise UserError("--stem-stride 4 is for the resnets; patchnet takes 1 or 2")
     if c.batch_size % processes:
         raise UserError(f"--batch-size {c.batch_size} cannot be divided among {processes} processes")
 

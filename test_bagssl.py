@@ -322,6 +322,18 @@ def test_shares_of_the_loss_average_to_it(B, V, D, size):
     assert len({terms["cov"].item() for _, terms in shares}) > 1  # they are parts, not copies
 
 
+@pytest.mark.parametrize("B, V, D", [(2, 2, 3), (11, 3, 6), (5, 4, 30)])
+def test_pooled_statistics_are_those_of_all_patches(B, V, D):
+    z = torch.randn(B, V, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.7 + 3
+    shares = [bagssl.vicreg_loss(z, 20.0, 15.0, 2.0, pool=True, rank=rank, world_size=2) for rank in range(2)]
+    _, separate = bagssl.vicreg_loss(z)
+    covariance = np.cov(z.flatten(0, 1).T.numpy())
+    deviations = np.sqrt(np.diag(covariance) + 1e-4)
+    off_diagonal = 2 * (covariance ** 2).sum() / D - 2 * (np.diag(covariance) ** 2).sum() / D
+    expected = 20 * separate["inv"].item() + 15 * np.maximum(0, 1 - deviations).mean() + 2 * off_diagonal
+    assert sum(loss.item() for loss, _ in shares) / 2 == pytest.approx(expected, rel=1e-10)
+
+
 def test_vicreg_loss_is_float32_under_autocast():
     z = torch.randn(16, 2, 40)
     with torch.autocast("cpu", torch.bfloat16):
@@ -1288,8 +1300,10 @@ def test_profile_times_the_parts_and_leaves_nothing(tiny_run, tmp_path, processe
     (["--save-every", "nan"], "--save-every must be"),
     (["--arch", "vit"], "argument --arch: invalid choice: 'vit'"),
     (["--stem-stride", "3"], "argument --stem-stride: invalid choice: 3"),
-    (["--patch-scale", "1.5"], "--patch-scale must be a number from 0 to 1, not 1.5"),
-    (["--patch-scale", "0"], "patches must have 3 pixels or more, not 0"),
+    (["--patch-scale", "1.5"], "--patch-scale must be a number from 1e-06 to 1, not 1.5"),
+    (["--patch-scale", "0", "1", "--patch-size", "16"], "--patch-scale must be"),
+    (["--clip", "0"], "--clip must be a number from 1e-06 to"),
+    (["--stem-stride", "4"], "--stem-stride 4 is for the resnets"),
     (["--patch-scale", "0.0005"], "patches must have 3 pixels or more, not 2"),
     (["--patch-scale", "0.2", "0.8"], "--patch-size"),
     (["--patch-scale", "0.8", "0.2", "--patch-size", "16"], "a low and a high one together with a --patch-size"),
