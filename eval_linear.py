@@ -10,10 +10,10 @@
     python eval_linear.py --checkpoint resnet50.pth --arch resnet50 --data FOLDER --image-size 224 --patch-scale 0.2 \
         --patch-size 224
 
-For each n, and for the whole image in one forward pass, it reports the accuracy of a linear probe
-(softmax regression on frozen features) and of a weighted nearest-neighbour vote. Two controls show how
-much of it was learned: the same network untrained, and raw pixels. The probe's weight decay is chosen
-on a held-out tenth of the training images; test images serve only for the accuracies reported.
+For each n, and for the whole image in one forward pass, it reports the accuracy of a linear probe (softmax regression
+on frozen features) and of a weighted nearest-neighbour vote, and adds them to eval.jsonl beside the checkpoint. Two
+controls show how much of it was learned: the same network untrained, and raw pixels. The probe's weight decay is
+chosen on a held-out tenth of the training images; test images serve only for the accuracies reported.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def embed(embedder, images, device, name="", block=256):
     Under torchrun each process embeds a part; rank 0 returns all features, the others None.
     """
     part = math.ceil(len(images) / WORLD_SIZE)
-    mine = torch.arange(RANK * part, (RANK + 1) * part).clamp(max=len(images) - 1)  # the last one padded
+    mine = torch.arange(RANK * part, (RANK + 1) * part).clamp(max=len(images) - 1)  # equally many: the last image again
     features, progress = [], bagssl.Progress()
     for rows in mine.split(block):
         with bagssl.autocast(device):
@@ -80,7 +80,8 @@ def fit_linear(features, labels, classes, decays, iterations=100, block=8192):
     scale = (features.square().mean(0)[:, None] / classes + decays).rsqrt()  # (R, D, 1)
     scale = F.pad(scale, (0, 0, 0, 1), value=classes ** 0.5)  # the bias: mean(x^2) = 1, no decay
     scaled = torch.zeros(*scale.shape[:2], classes, device=features.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scaled], max_iter=iterations, tolerance_change=1e-7, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([scaled], max_iter=iterations, tolerance_change=1e-7, history_size=10,
+                                  line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
@@ -106,13 +107,14 @@ def top_k(scores, labels, k):
 def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)):
     """Accuracy of a linear probe: {"top1", "decay"} and, with more than ten classes, "top5", in per cent.
 
-    train (N, D), test (M, D): features, standardised here by the training set's mean and deviation.
+    train (N, D), test (M, D): features, standardised here by the training set's mean and deviation. Labels: int64.
     The decay is the best on a random tenth of the training set, held out; then the probe is fitted to all of it.
     Raises UserError on fewer than 10 training images.
     """
     if len(train) < 10:
         raise UserError(f"{len(train)} images are too few to fit a probe and choose its weight decay; give 10 or more")
-    classes, mean, std = int(train_labels.max()) + 1, train.mean(0), train.std(0).clamp(min=1e-6)
+    classes = int(train_labels.max()) + 1
+    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     train, test = (train - mean) / std, (test - mean) / std
     axes = torch.linalg.eigh((train.T @ train).cpu()).eigenvectors.to(train.device)  # not every device has eigh
     train, test = train @ axes, test @ axes  # a rotation: the penalty, and so the optimum, is the same
@@ -120,11 +122,10 @@ def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3
     held, kept = order[:len(order) // 10], order[len(order) // 10:]
     weights = fit_linear(train[kept], train_labels[kept], classes, decays)
     accuracy = [top_k(train[held] @ weight[:-1] + weight[-1], train_labels[held], 1) for weight in weights]
-    best = decays[max(range(len(decays)), key=accuracy.__getitem__)]  # the first, and so the strongest, of equals
+    best = decays[accuracy.index(max(accuracy))]  # the first, and so the strongest, of equals
     weight, = fit_linear(train, train_labels, classes, [best])
     scores = test @ weight[:-1] + weight[-1]
-    result = {"top1": top_k(scores, test_labels, 1), "decay": best}
-    return result | ({"top5": top_k(scores, test_labels, 5)} if classes > 10 else {})
+    return {f"top{k}": top_k(scores, test_labels, k) for k in ((1, 5) if classes > 10 else (1,))} | {"decay": best}
 
 
 def knn_probe(train, train_labels, test, test_labels, k=20, temperature=0.07, block=512):
@@ -132,7 +133,8 @@ def knn_probe(train, train_labels, test, test_labels, k=20, temperature=0.07, bl
 
     Features and labels as for `linear_probe`, not standardised (Wu et al., 2018, section 3.4).
     """
-    train, classes, right = F.normalize(train), int(train_labels.max()) + 1, 0
+    classes, right = int(train_labels.max()) + 1, 0
+    train = F.normalize(train)
     for features, labels in zip(F.normalize(test).split(block), test_labels.split(block)):
         cosine, nearest = (features @ train.T).topk(min(k, len(train)))
         votes = F.one_hot(train_labels[nearest], classes) * (cosine / temperature).exp()[..., None]
@@ -161,7 +163,7 @@ def load_published(path, arch):
     is assumed to have stride 1. Raises UserError if nothing matches.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]):  # many checkpoints hold their arguments
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch raises on a missing, damaged or foreign file
         raise UserError(f"{path} cannot be read ({type(error).__name__}); give a state dict saved by torch") from error
@@ -183,9 +185,9 @@ def load_published(path, arch):
 
 
 def load_model(arguments):
-    """(trained, untrained, config): networks whose `backbone` is probed, on the CPU, and what they were trained on."""
+    """(trained, untrained, config): networks whose `backbone` is probed, on the CPU, and how they see images."""
     if arguments.arch:
-        trained = torch.nn.Module()
+        trained = torch.nn.Module()  # in place of an Encoder, which has a projector too
         trained.backbone, stride = load_published(arguments.checkpoint, arguments.arch)
         config = bagssl.Config(dataset="any", arch=arguments.arch, stem_stride=stride, projector=(1, 1, 1))
     else:
@@ -209,11 +211,10 @@ def view_sizes(config, arguments):
     """
     low, high = config.patch_scale[0], config.patch_scale[-1]
     scale = (low + high) / 2 if arguments.patch_scale is None else arguments.patch_scale
-    size = config.patch_size or None
+    size = whole_size = config.patch_size or None
     if size and low == high and not arguments.arch:
-        native = bagssl.patch_side(config.image_size, config.image_size, scale)
-        return scale, size, round(config.image_size * size / native)
-    return scale, size, size
+        whole_size = round(config.image_size * size / bagssl.patch_side(config.image_size, config.image_size, scale))
+    return scale, size, whole_size
 
 
 # --------------------------------------------------------------------------------------------------
@@ -222,22 +223,19 @@ def view_sizes(config, arguments):
 
 def add_arguments(parser):
     """The flags about the network and the images, for this script and .github/claims.py."""
-    parser.add_argument("--checkpoint", required=True, help="checkpoint.pt of a run of bagssl.py; with --arch, any "
-                                                            "published ResNet")
-    parser.add_argument("--patches", type=int, nargs="+", default=[1, 4, 16], help="sizes of the bags, square numbers")
-    parser.add_argument("--patch-scale", type=float, help="fraction of the image's area in a patch; default: as "
-                                                          "trained, or the middle of the trained range")
-    parser.add_argument("--patch-size", type=int, help="side to resize patches to, 0: not resized; default: as trained")
-    parser.add_argument("--image-size", type=int, help="side of the images; default: as trained")
-    parser.add_argument("--arch", choices=["resnet18", "resnet34", "resnet50"],
-                        help="the checkpoint is another project's: this network, with --data, --image-size and "
-                             "--patch-scale")
-    parser.add_argument("--data", help="folder with the images; default: as trained")
-    parser.add_argument("--cache", help="folder for decoded images; default: as trained")
-    parser.add_argument("--train-images", type=int, default=0, help="fit the probes on this many images, drawn at "
-                                                                    "random; default: all")
-    parser.add_argument("--test-images", type=int, default=0, help="and test on this many; default: all")
-    parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best there is")
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="checkpoint.pt of a run of bagssl.py; with --arch, any published ResNet")
+    add("--patches", type=int, nargs="+", default=[1, 4, 16], help="sizes of the bags, square numbers")
+    add("--patch-scale", type=float, help="a patch's fraction of the image's area; default: as trained, or mid-range")
+    add("--patch-size", type=int, help="side to resize patches to, 0: not resized; default: as trained")
+    add("--image-size", type=int, help="side of the images; default: as trained")
+    add("--arch", choices=["resnet18", "resnet34", "resnet50"], help="the checkpoint is another project's, of this "
+        "network: give --data, --image-size and --patch-scale too")
+    add("--data", help="folder with the images; default: as trained")
+    add("--cache", help="folder for decoded images; default: as trained")
+    add("--train-images", type=int, default=0, help="fit the probes on this many images, drawn at random; 0: all")
+    add("--test-images", type=int, default=0, help="test on this many; 0: all")
+    add("--device", default="", help="cuda, mps or cpu; default: the best there is")
 
 
 def check_arguments(arguments):
@@ -245,9 +243,8 @@ def check_arguments(arguments):
     wrong = [n for n in arguments.patches if n < 1 or math.isqrt(n) ** 2 != n]
     if wrong:
         raise UserError(f"a bag is a square grid of patches: --patches takes 1, 4, 9, 16, ..., not {wrong[0]}")
-    for name in ("train_images", "test_images"):
-        if getattr(arguments, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} cannot be negative, as {getattr(arguments, name)} is")
+    if min(arguments.train_images, arguments.test_images) < 0:
+        raise UserError("--train-images and --test-images cannot be negative")
     needed = [f"--{name.replace('_', '-')}" for name in ("data", "image_size", "patch_scale")
               if getattr(arguments, name) is None]
     if arguments.arch and needed:
@@ -258,8 +255,7 @@ def load_split(config, arguments, split):
     """The images and labels of a split, as many as the arguments say, drawn at random."""
     c = config
     images, labels = bagssl.load_images(c.dataset, c.data, split, c.image_size, c.cache, c.seed)
-    limit = getattr(arguments, f"{split}_images")
-    if limit:
+    if limit := getattr(arguments, f"{split}_images"):
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit]
         images, labels = images[chosen], labels[chosen]
     return images, labels
@@ -289,8 +285,8 @@ def main():
     sides = sorted({math.isqrt(n) for n in arguments.patches})
     rows = {f"bag of {side ** 2}" if side > 1 else "one patch, the centre": BagOfPatches(trained, side, scale, size)
             for side in sides}
-    rows["whole image, one pass"] = BagOfPatches(trained, 1, 1.0, whole_size)
-    control = min(sides, key=lambda side: abs(side - 4))
+    rows["whole image, one pass"] = BagOfPatches(trained, 1, 1.0, whole_size, chunk=64)
+    control = min(sides, key=lambda side: abs(side - 4))  # nearest to a bag of 16
     rows[f"untrained, bag of {control ** 2}"] = BagOfPatches(untrained, control, scale, size)
     rows["raw pixels"] = Pixels()
 
@@ -298,16 +294,13 @@ def main():
     for name, embedder in rows.items():
         train = embed(embedder, train_images, device, f"{name}, train")
         test = embed(embedder, test_images, device, f"{name}, test")
-        with bagssl.leaders_first(RANK == 0):
-            if RANK > 0:
-                continue
-            parts = train.to(device), train_labels.to(device), test.to(device), test_labels.to(device)
-            found = {"features": name, **linear_probe(*parts), "knn": knn_probe(*parts)}
-        if not results:
-            print(f"{'% of test images right':24}  linear top-1{'  top-5' * ('top5' in found)}    kNN")
-        top5 = f"  {found['top5']:5.2f}" if "top5" in found else ""
-        print(f"{name:24}  {found['top1']:12.2f}{top5}  {found['knn']:5.2f}", flush=True)
-        results.append(found)
+        with bagssl.leaders_first(RANK == 0):  # the others wait here, with patience for a long probe
+            if RANK == 0:
+                parts = [part.to(device) for part in (train, train_labels, test, test_labels)]
+                row = {"features": name, **linear_probe(*parts), "knn": knn_probe(*parts)}
+                columns = [f"{key} {row[key]:5.2f} %" for key in ("top1", "top5", "knn") if key in row]
+                print(f"{name:24}", *columns, sep="  ", flush=True)
+                results.append(row)
     if RANK == 0:
         save_results(arguments, "probe", data=config.data, image_size=config.image_size, patch_scale=scale,
                      patch_size=size, train_images=len(train_images), test_images=len(test_images), results=results)

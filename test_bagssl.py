@@ -1044,7 +1044,7 @@ def test_probe_prints_a_table_and_writes_it(tiny_run, tmp_path, launcher, in_pro
     rows = [row["features"] for row in results]
     assert rows == ["one patch, the centre", "bag of 4", "whole image, one pass", "untrained, bag of 4", "raw pixels"]
     for row in results:
-        assert 0 <= row["top1"] <= 100 and f"{row['features']:24}  {row['top1']:12.2f}" in printed
+        assert 0 <= row["top1"] <= 100 and f"{row['features']:24}  top1 {row['top1']:5.2f} %  knn" in printed
 
 
 def test_embed_is_the_bag_of_each_image(tiny_run, monkeypatch):
