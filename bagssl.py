@@ -364,8 +364,8 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, p
         hinge(z) = mean_d relu(1 - sqrt(var_d + eps)),  cov(z) = sum_{d != e} cov_de^2 / D,
     variances and covariances over the batch, with divisor B - 1. This is the VICReg authors' code
     (Bardes, Ponce, LeCun, 2022); the equation in their paper does not halve the hinges.
-    pool: take variances and covariances once over all B V patches, not V times over B. Their expectation is
-    nearly the same (all patches are draws from p(x) above), their sampling noise is far smaller.
+    pool: take variances and covariances once over all B V patches, not V times over B. All patches are draws
+    from p(x) above, so they estimate the same, with less noise: `train` pools, and learns more per patch.
     Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. Computed in float32
     (float64 if z is), also under autocast. Raises ValueError on a z of another shape.
 
@@ -889,7 +889,7 @@ class Run:
                   f"run:     {config.out} (preset {config.preset}), {state} {steps:,} steps of {config.batch_size} "
                   f"images, {config.num_patches} patches of {side} x {side} each", flush=True)
             save_atomically(path, "".join(lines).encode())
-            self.log, self.progress, self.warned = open(path, "a", buffering=1), Progress(), False
+            self.log, self.progress, self.warned = open(path, "a", buffering=1), Progress(delay=0), False
         self.sums, self.looked, self.signals = torch.zeros(6, device=device), self.start, []
         self.begun = self.saved = time.monotonic()
 
@@ -972,11 +972,12 @@ class Run:
 
 
 class Progress:
-    """Says when a line of progress is due: on the first process, after ten seconds, and at the end."""
+    """Says when a line of progress is due: on the first process, every ten seconds from `delay` on, and at the end."""
 
-    next = 0.0
+    def __init__(self, delay=10):
+        self.next = time.monotonic() + delay
 
-    def due(self, last):
+    def due(self, last=False):
         if RANK > 0 or time.monotonic() < self.next and not last:
             return False
         self.next = time.monotonic() + 10

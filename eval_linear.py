@@ -54,8 +54,8 @@ def embed(embedder, images, device, name="", block=256):
     for rows in mine.split(block):
         with bagssl.autocast(device):
             features.append(embedder(images[rows].to(device)).float().cpu())
-        done = min(len(images), len(features) * block * WORLD_SIZE)
-        if name and progress.due(done == len(images)):
+        if name and progress.due():
+            done = min(len(images), len(features) * block * WORLD_SIZE)
             print(f"{name}: {done:,} of {len(images):,} images", flush=True)
     features = torch.cat(features)
     if WORLD_SIZE > 1:

@@ -1418,7 +1418,7 @@ def test_bad_checkpoints(tiny_run, tmp_path, refused):
     assert not (tmp_path / "exploded").exists()
     assert "1, 4, 9" in refused("--checkpoint", tmp_path / "cut.pt", "--patches", 5, script=eval_linear)
     checkpoint = tiny_run[0] / "run/checkpoint.pt"
-    assert "from 0 to 1, not 2" in refused("--checkpoint", checkpoint, "--patch-scale", 2, script=eval_linear)
+    assert "from 1e-06 to 1, not 2" in refused("--checkpoint", checkpoint, "--patch-scale", 2, script=eval_linear)
     assert "3 pixels or more, not 2" in refused("--checkpoint", checkpoint, "--patch-scale", 0.002, script=eval_linear)
     run = tmp_path / "run"
     run.mkdir()
