@@ -80,8 +80,7 @@ def fit_linear(features, labels, classes, decays, iterations=100, block=8192):
     scale = (features.square().mean(0)[:, None] / classes + decays).rsqrt()  # (R, D, 1)
     scale = F.pad(scale, (0, 0, 0, 1), value=classes ** 0.5)  # the bias: mean(x^2) = 1, no decay
     scaled = torch.zeros(*scale.shape[:2], classes, device=features.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scaled], max_iter=iterations, tolerance_change=1e-7, history_size=10,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([scaled], max_iter=iterations, tolerance_change=1e-7, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
