@@ -356,7 +356,7 @@ class Encoder(nn.Module):
 # cov_de^2 (covariance). VICReg subtracts the mean, and its hinge holds the variance up at 1.
 
 
-def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, pool=False, rank=0, world_size=1):
+def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, rank=0, world_size=1):
     """VICReg for V patches per image: the mean, over all pairs of patches, of the two-view loss.
 
     z: projections (B, V, D), B >= 2 images of V >= 2 patches. For patches i and j of every image,
@@ -364,8 +364,6 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, p
         hinge(z) = mean_d relu(1 - sqrt(var_d + eps)),  cov(z) = sum_{d != e} cov_de^2 / D,
     variances and covariances over the batch, with divisor B - 1. This is the VICReg authors' code
     (Bardes, Ponce, LeCun, 2022); the equation in their paper does not halve the hinges.
-    pool: take variances and covariances once over all B V patches, not V times over B. All patches are draws
-    from p(x) above, so they estimate the same, with less noise: `train` pools, and learns more per patch.
     Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. Computed in float32
     (float64 if z is), also under autocast. Raises ValueError on a z of another shape.
 
@@ -379,10 +377,7 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, p
         z = z if z.dtype == torch.float64 else z.float()
         # The mean over pairs of |zi - zj|^2 is 2 / (V - 1) times the sum over patches of |zv - mean z|^2.
         inv = 2 / (V - 1) * (z - z.mean(1, keepdim=True)).square().sum() / (B * D)
-        if pool:
-            z = z.reshape(B * V, 1, D)
         # Each patch is in equally many pairs: the mean over pairs of hinges and covariances is that over patches.
-        B, V, D = z.shape
         z = (z - z.mean(0)).transpose(0, 1)  # (V, B, D), each dimension centred over the batch
         variance = z.square().sum(1) / (B - 1)  # (V, D)
         var = (1 - (variance + eps).sqrt()).relu().mean()
@@ -471,7 +466,7 @@ def train(config, device):
             with autocast(device):
                 h, z = model(x)  # (b V, D), (b V, D')
             z = gather(z.unflatten(0, (-1, V)))  # (B, V, D')
-            loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight, pool=True,
+            loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
                                       rank=RANK, world_size=WORLD_SIZE)
             optimizer.zero_grad()
             loss.backward()  # `gather` sums over processes and DDP divides: the gradient of the whole batch's loss

@@ -80,7 +80,7 @@ def train_step(x, model, optimizer, config, part=contextlib.nullcontext):
         _, z = model(x)
     with part("gather + loss"):
         z = bagssl.gather(z.unflatten(0, (-1, config.num_patches)))
-        loss, _ = bagssl.vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight, pool=True,
+        loss, _ = bagssl.vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
                                      rank=RANK, world_size=WORLD_SIZE)
     with part("backward"):
         optimizer.zero_grad()
