@@ -28,7 +28,6 @@ infrastructure: images, the demo's images, processes, the run, the command line.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -443,7 +442,7 @@ def training_views(images, u, config):
 def train(config, device):
     """Pretrain as `config` says; `config.out` gets log.jsonl, checkpoint.pt and backbone.pt."""
     checkpoint = find_checkpoint(config)  # in config.out, or None
-    images = training_images(config, device)  # uint8 (N, 3, S, S)
+    images, labels = training_images(config, device)  # uint8 (N, 3, S, S); int64 (N,), or None: only to watch it learn
     torch.manual_seed(config.seed)
     encoder = Encoder(config.arch, config.stem_stride, config.projector)
     if config.arch == "patchnet":
@@ -459,8 +458,8 @@ def train(config, device):
     B, V, b = config.batch_size, config.num_patches, config.batch_size // WORLD_SIZE
     mine = slice(RANK * b, (RANK + 1) * b)  # the rows of a batch that are this process's
     steps = config.epochs * (len(images) // B)
-    with Run(config, device, encoder, optimizer, steps, checkpoint) as run:  # from the checkpoint on, if there is one
-        for step, batch in batches(images, config, mine, device, run.start, steps):
+    with Run(config, device, encoder, optimizer, steps, checkpoint, labels) as run:  # from the checkpoint on, if any
+        for step, batch, classes in batches(images, labels, config, mine, device, run.start, steps):
             u = torch.rand(B, V, 11, generator=generator_for(config.seed, "patches", step))[mine]
             x = make_views(batch, u.to(device), config)  # (b V, 3, s, s)
             with autocast(device):
@@ -475,7 +474,7 @@ def train(config, device):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * warmup * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.step()
-            run.after_step(step, loss, terms, norm, h)  # every tenth: check for bad numbers, log, save, obey signals
+            run.after_step(step, loss, terms, norm, h, classes)  # every tenth: check numbers, log, save, obey signals
         run.finish()
 
 
@@ -497,31 +496,38 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
     is given), or train/ with val/ or test/, each with class folders, or, for pretraining, images at any depth.
     Raises UserError if there are none, or naming the files that are broken.
     """
-    folder, name = Path(data or "data"), TORCHVISION_SETS.get(dataset)
-    if not data or (folder / dataset).is_dir():
-        folder = folder / dataset
-    with leaders_first(LOCAL_RANK == 0):  # one process per node decodes or downloads
-        if dataset == "demo" and not data:
-            seeds = seed, list(DEMO_COUNTS).index(split)  # each split has random numbers of its own
-            found, source = demo_images(DEMO_COUNTS[split], image_size, seeds), "the demo"
-        elif found := name and load_torchvision(name, folder, split):
-            source = f"{name}, torchvision's files in {folder}"
-        elif found := load_folder(folder, split, image_size, cache):
-            source = folder
-        elif name and not data:
-            found, source = load_torchvision(name, folder, split, download=True), f"{name}, downloaded to {folder}"
-        else:
-            looked = f"{name} as torchvision keeps it, " if name else ""
-            raise UserError(f"no images in {folder} (looked for {looked}train/ with class folders, and at any depth "
-                            f"{' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}); name another folder with "
-                            f"--data, or use --preset demo, which needs none")
-    images, labels = torch.from_numpy(found[0]), found[1]
+    found = [find_images(dataset, data, split, image_size, cache, seed) if LOCAL_RANK == 0 else None]
+    if dist.is_initialized():  # a million files are listed once per node, not by every process
+        node, _ = dist.new_subgroups(LOCAL_WORLD_SIZE, backend="gloo", timeout=timedelta(days=1))
+        dist.broadcast_object_list(found, RANK - LOCAL_RANK, node)
+    (pixels, labels, *_), source = found[0]
+    images = torch.from_numpy(np.load(pixels, mmap_mode="c") if isinstance(pixels, Path) else pixels)  # c: writable
     if images.shape[-1] != image_size:
         images = torch.cat([torchvision.transforms.functional.resize(block, [image_size, image_size])
                             for block in images.split(1024)])
     if RANK == 0:
         print(f"images:  {len(images):,} ({split}) from {source}", flush=True)
     return images, None if labels is None else torch.from_numpy(labels).long()
+
+
+def find_images(dataset, data, split, image_size, cache, seed):
+    """What `load_images` describes: (pixels, or the path of the file that holds them, and labels), and their source."""
+    folder, name = Path(data or "data"), TORCHVISION_SETS.get(dataset)
+    if not data or (folder / dataset).is_dir():
+        folder = folder / dataset
+    if dataset == "demo" and not data:
+        seeds = seed, list(DEMO_COUNTS).index(split)  # each split has random numbers of its own
+        return demo_images(DEMO_COUNTS[split], image_size, seeds), "the demo"
+    if found := name and load_torchvision(name, folder, split):
+        return found, f"{name}, torchvision's files in {folder}"
+    if found := load_folder(folder, split, image_size, cache):
+        return found, folder
+    if name and not data:
+        return load_torchvision(name, folder, split, download=True), f"{name}, downloaded to {folder}"
+    looked = f"{name} as torchvision keeps it, " if name else ""
+    raise UserError(f"no images in {folder} (looked for {looked}train/ with class folders, and at any depth "
+                    f"{' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}); name another folder with --data, or "
+                    f"use --preset demo, which needs none")
 
 
 def load_torchvision(name, folder, split, download=False):
@@ -541,7 +547,7 @@ def load_torchvision(name, folder, split, download=False):
 
 
 def load_folder(folder, split, size, cache=""):
-    """The images of a folder, uint8 (N, 3, size, size), and labels (N,) or None; None if it holds none."""
+    """The path of a folder's decoded images, and labels (N,) or None; None if it holds none."""
     if not folder.is_dir():
         return None
     train, test = folder / "train", folder / ("val" if (folder / "val").is_dir() else "test")
@@ -550,16 +556,15 @@ def load_folder(folder, split, size, cache=""):
         str(chosen), {".": 0}, torchvision.datasets.folder.IMG_EXTENSIONS, allow_empty=True)
     names, labels = sorted(os.path.relpath(path, chosen) for path, _ in found), None
     names = [name for name in names if f"{os.sep}." not in os.sep + name]  # without hidden ones
-    if split == "pretrain":
-        if not names:
-            return None
-    else:
-        classes = sorted(path.name for path in train.glob("[!.]*") if path.is_dir())
-        its_classes = [name.split(os.sep)[0] for name in names]
-        if not names or not set(its_classes) <= set(classes):
-            raise UserError(f"{folder} has no labels to probe: its images must lie in class folders, the same ones "
-                            f"in train/ and in val/ or test/")
+    classes = sorted(path.name for path in train.glob("[!.]*") if path.is_dir())
+    its_classes = [name.split(os.sep)[0] for name in names]
+    if names and set(its_classes) <= set(classes):
         labels = np.searchsorted(classes, its_classes)
+    elif split != "pretrain":
+        raise UserError(f"{folder} has no labels to probe: its images must lie in class folders, the same ones "
+                        f"in train/ and in val/ or test/")
+    elif not names:
+        return None
     return decode_folder(chosen, names, size, Path(cache or folder / ".bagssl")), labels
 
 
@@ -577,9 +582,9 @@ def decode_image(path, size):
 
 
 def decode_folder(folder, names, size, cache):
-    """The images `names` as one memory-mapped uint8 (N, 3, size, size).
+    """The path of a .npy file with the images `names`, uint8 (N, 3, size, size).
 
-    They are decoded once, on all cores, into a .npy file in `cache` that is named by a hash of the files' names,
+    They are decoded once, on all cores, into a file in `cache` that is named by a hash of the files' names,
     sizes and times: a changed folder is decoded anew. Raises UserError naming every file that cannot be used.
     """
     paths = [folder / name for name in names]
@@ -617,21 +622,26 @@ def decode_folder(folder, names, size, cache):
     finally:
         if unfinished.is_file():
             unfinished.unlink()
-    return np.load(path, mmap_mode="c")  # copy on write, since torch.from_numpy wants to be able to write
+    return path
 
 
 def training_images(config, device):
-    """The images to pretrain on, on the GPU if they fit. Raises UserError if they are fewer than a batch."""
-    images, _ = load_images(config.dataset, config.data, "pretrain", config.image_size, config.cache, config.seed)
+    """The images to pretrain on, on the GPU if they fit, and their labels, None unless all have one.
+
+    Raises UserError if they are fewer than a batch.
+    """
+    images, labels = load_images(config.dataset, config.data, "pretrain", config.image_size, config.cache, config.seed)
     if len(images) < config.batch_size:
         raise UserError(f"{len(images)} images are fewer than one batch of {config.batch_size}; give more images or a "
                         f"smaller --batch-size")
     fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-    return images.to(device) if fits else images
+    images = images.to(device) if fits else images
+    labels = None if labels is None or labels.min() < 0 else labels.to(images.device)  # -1: STL-10's without a label
+    return images, labels
 
 
-def batches(images, config, rows, device, start, steps):
-    """Yield each step from `start` on and this process's images of it, on the device; a thread reads ahead."""
+def batches(images, labels, config, rows, device, start, steps):
+    """Yield each step from `start` on, this process's images of it and their labels; a thread reads ahead."""
     N, B = len(images), config.batch_size
 
     @functools.lru_cache(maxsize=1)
@@ -640,17 +650,19 @@ def batches(images, config, rows, device, start, steps):
 
     def read(step):
         epoch, batch = divmod(step, N // B)  # an epoch's last, incomplete batch is left out
-        chosen = images.index_select(0, order(epoch)[batch * B:(batch + 1) * B][rows])
+        indices = order(epoch)[batch * B:(batch + 1) * B][rows]
+        chosen = images.index_select(0, indices)
         if device.type == "cuda" and not chosen.is_cuda:
             with torch.cuda.device(device):  # a new thread starts with the first GPU, and would occupy memory there
                 chosen = chosen.pin_memory()
-        return chosen.to(device, non_blocking=device.type == "cuda")
+        chosen = chosen.to(device, non_blocking=device.type == "cuda")
+        return chosen, None if labels is None else labels[indices].to(device)
 
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(read, start)
         for step in range(start, steps):
             batch, ahead = ahead.result(), thread.submit(read, step + 1)
-            yield step, batch
+            yield step, *batch
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -721,7 +733,8 @@ def demo_images(count, image_size, seed):
 
 
 RANK = int(os.environ.get("RANK", 0))  # of this process among all
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among those of this machine
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among the LOCAL_WORLD_SIZE of this machine
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -825,18 +838,6 @@ def start_process(name):
     return device
 
 
-@contextlib.contextmanager
-def leaders_first(leads):
-    """The leading processes run the block first; the others wait for them, for up to a day."""
-    # A group of its own, since others give up in minutes.
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if dist.is_initialized() else None
-    if group and not leads:
-        dist.barrier(group)
-    yield
-    if group and leads:
-        dist.barrier(group)
-
-
 def has_bf16(device):
     """Whether the device multiplies bfloat16 natively; emulated, it is many times slower than float32."""
     if device.type == "cuda":
@@ -861,17 +862,43 @@ def generator_for(seed, purpose, index):
 LOOK_EVERY = 10  # steps; in between nothing waits for the device
 
 
+class OnlineProbe(nn.Module):
+    """A linear classifier of the embeddings, trained beside the encoder and without any effect on it."""
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.layers = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, classes))
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    def forward(self, h, labels):
+        """Learn from the whole batch; return the percentage of its labels predicted before that, a tensor.
+
+        h: (b, V, D), this process's embeddings; labels: (b,). An image is represented by the mean of its V.
+        """
+        h, labels = gather(h.detach().float().mean(1)), gather(labels)
+        scores = self.layers(h)
+        self.optimizer.zero_grad()
+        F.cross_entropy(scores, labels).backward()
+        self.optimizer.step()
+        return 100 * (scores.argmax(1) == labels).float().mean()
+
+
 class Run:
     """A run of training and its folder. It resumes an interrupted run; `after_step` is its part of each step."""
 
-    def __init__(self, config, device, encoder, optimizer, steps, checkpoint):
-        self.config, self.encoder, self.optimizer, self.steps = config, encoder, optimizer, steps
+    def __init__(self, config, device, encoder, optimizer, steps, checkpoint, labels=None):
+        self.config, self.encoder, self.optimizer, self.steps, self.probe = config, encoder, optimizer, steps, None
+        if labels is not None and labels.max() > 0:  # more than one class
+            self.probe = OnlineProbe(encoder.backbone.width, int(labels.max()) + 1).to(device)
         self.out, self.start, path = Path(config.out), 0, Path(config.out) / "log.jsonl"
         lines = [json.dumps({"step": 0, "config": dataclasses.asdict(config)}) + "\n"]
         if checkpoint:
             self.start = checkpoint["step"]
             encoder.load_state_dict(checkpoint["encoder"])
             optimizer.load_state_dict(checkpoint["optimizer"])
+            if self.probe:
+                self.probe.load_state_dict(checkpoint["probe"][0])
+                self.probe.optimizer.load_state_dict(checkpoint["probe"][1])
             if RANK == 0 and path.exists():  # later lines will be written again
                 lines = [line for line in path.read_text().splitlines(keepends=True)
                          if line.endswith("}\n") and json.loads(line)["step"] <= self.start]
@@ -885,7 +912,7 @@ class Run:
                   f"images, {config.num_patches} patches of {side} x {side} each", flush=True)
             save_atomically(path, "".join(lines).encode())
             self.log, self.progress, self.warned = open(path, "a", buffering=1), Progress(delay=0), False
-        self.sums, self.looked, self.signals = torch.zeros(6, device=device), self.start, []
+        self.sums, self.looked, self.signals = 0, self.start, []
         self.begun = self.saved = time.monotonic()
 
     def __enter__(self):
@@ -902,31 +929,35 @@ class Run:
             os.write(2, f"stopping within {LOOK_EVERY} steps, after a checkpoint; Ctrl-\\ stops at once\n".encode())
         self.signals.append(number)
 
-    def after_step(self, step, loss, terms, norm, h):
+    def after_step(self, step, loss, terms, norm, h, labels):
         """Add up a step's numbers; every tenth step check and log their means, save if it is time, obey a signal."""
-        self.sums += torch.stack([loss.detach(), *terms.values(), norm, (norm > self.config.clip).float()])
+        numbers = {"loss": loss.detach(), **terms, "gradient_norm": norm, "clipped": (norm > self.config.clip).float()}
+        if self.probe:
+            numbers["probe_top1"] = self.probe(h.unflatten(0, (-1, self.config.num_patches)), labels)
+        self.sums = self.sums + torch.stack([*numbers.values()])
         done, last = step + 1, step + 1 == self.steps
         if done % LOOK_EVERY and not last:
             return
         save_due = RANK == 0 and time.monotonic() - self.saved > 60 * self.config.save_every
-        flags = torch.tensor([len(self.signals), save_due], dtype=torch.float32, device=self.sums.device)
-        numbers = torch.cat([self.sums / (done - self.looked), flags])
+        flags = torch.tensor([len(self.signals), save_due], dtype=torch.float32, device=loss.device)
+        totals = torch.cat([self.sums / (done - self.looked), flags])
         if WORLD_SIZE > 1:  # so that all processes decide alike
-            dist.all_reduce(numbers)
-        *means, stop, due = (numbers / WORLD_SIZE).tolist()  # the last two are not 0 if any process says so
-        means = dict(zip(("loss", *terms, "gradient_norm", "clipped"), means))
+            dist.all_reduce(totals)
+        *means, stop, due = (totals / WORLD_SIZE).tolist()  # the last two are not 0 if any process says so
+        means = dict(zip(numbers, means))
         if not math.isfinite(means["loss"] + means["gradient_norm"]):
             raise FloatingPointError(
                 f"the loss or its gradient is not finite in steps {self.looked + 1} to {done} (inv {means['inv']:.3g}, "
                 f"var {means['var']:.3g}, cov {means['cov']:.3g}, gradient norm {means['gradient_norm']:.3g}); what "
                 f"was saved before is untouched. Try a lower --lr with another --out")
-        self.sums.zero_()
-        self.looked = done
+        self.sums, self.looked = 0, done
         if RANK == 0:
             self.report(done, means, h)
         if last or stop or due:
-            self.save("checkpoint.pt", {"config": dataclasses.asdict(self.config), "step": done,
-                                        "encoder": self.encoder.state_dict(), "optimizer": self.optimizer.state_dict()})
+            self.save("checkpoint.pt", {
+                "config": dataclasses.asdict(self.config), "step": done, "encoder": self.encoder.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "probe": self.probe and (self.probe.state_dict(), self.probe.optimizer.state_dict())})
             self.saved = time.monotonic()
         if stop and not last:
             if RANK == 0:
@@ -942,8 +973,9 @@ class Run:
             left = timedelta(seconds=round(seconds * (self.steps - done)))
             entry |= {"effective_rank": effective, "patches_per_s": rate}
             terms = "  ".join(f"{name} {means[name]:.3f}" for name in ("inv", "var", "cov"))
+            probe = f"  probe {means['probe_top1']:.1f} %" if self.probe else ""
             print(f"step {done}/{self.steps}  {left} left  loss {means['loss']:.3f} ({terms})  "
-                  f"effective rank {effective:.0f}  {rate:,.0f} patches/s", flush=True)
+                  f"effective rank {effective:.0f}{probe}  {rate:,.0f} patches/s", flush=True)
             if effective < 2 and done > self.config.warmup * self.steps and not self.warned:
                 self.warned = True
                 print(f"warning: the embeddings have collapsed to effective rank {effective:.1f} at step {done}: start "

@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import json
 import math
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -290,16 +291,19 @@ def main():
     rows["raw pixels"] = Pixels()
 
     results = []
+    # The other processes wait for the first one's probes in a group of their own, since others give up in minutes.
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if WORLD_SIZE > 1 else None
     for name, embedder in rows.items():
         train = embed(embedder, train_images, device, f"{name}, train")
         test = embed(embedder, test_images, device, f"{name}, test")
-        with bagssl.leaders_first(RANK == 0):  # the others wait here, with patience for a long probe
-            if RANK == 0:
-                parts = [part.to(device) for part in (train, train_labels, test, test_labels)]
-                row = {"features": name, **linear_probe(*parts), "knn": knn_probe(*parts)}
-                columns = [f"{key} {row[key]:5.2f} %" for key in ("top1", "top5", "knn") if key in row]
-                print(f"{name:24}", *columns, sep="  ", flush=True)
-                results.append(row)
+        if RANK == 0:
+            parts = [part.to(device) for part in (train, train_labels, test, test_labels)]
+            row = {"features": name, **linear_probe(*parts), "knn": knn_probe(*parts)}
+            columns = [f"{key} {row[key]:5.2f} %" for key in ("top1", "top5", "knn") if key in row]
+            print(f"{name:24}", *columns, sep="  ", flush=True)
+            results.append(row)
+        if patient:
+            dist.barrier(patient)
     if RANK == 0:
         save_results(arguments, "probe", data=config.data, image_size=config.image_size, patch_scale=scale,
                      patch_size=size, train_images=len(train_images), test_images=len(test_images), results=results)

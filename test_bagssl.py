@@ -438,8 +438,11 @@ def test_folder_is_decoded_once_and_a_change_is_noticed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bagssl, "decode_image", lambda *_: pytest.fail("decoded again"))
     assert torch.equal(bagssl.load_images("any", tmp_path, "train", 40)[0], images)
-    assert bagssl.load_images("any", tmp_path, "pretrain", 40)[1] is None
+    assert bagssl.load_images("any", tmp_path, "pretrain", 40)[1].tolist() == [0, 0, 0, 1, 1, 1]
     monkeypatch.undo()
+    write_image(tmp_path / "train/unsorted.png")
+    assert bagssl.load_images("any", tmp_path, "pretrain", 40)[1] is None  # not every image has a class
+    (tmp_path / "train/unsorted.png").unlink()
     changed = write_image(tmp_path / "train/cat/0.png", seed=77)
     again = bagssl.load_images("any", tmp_path, "train", 40)[0]
     assert torch.equal(again[0], torch.from_numpy(changed).permute(2, 0, 1)) and torch.equal(again[1:], images[1:])
@@ -594,12 +597,12 @@ def tiny(run, tmp_path):
     return [*TINY, "--data", run[0] / "data", "--out", tmp_path / "run", "--epochs", 15]
 
 
-def losses(run, every=10):
-    """The loss at each look; each must be in the log once."""
+def losses(run, every=10, key="loss"):
+    """The loss at each look, or another number; each must be in the log once."""
     _, *entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     steps = [entry["step"] for entry in entries]
     assert steps == [*range(every, steps[-1], every), steps[-1]]
-    return [entry["loss"] for entry in entries]
+    return [entry[key] for entry in entries]
 
 
 def same_weights(*runs):
@@ -631,6 +634,32 @@ def test_a_run_leaves_what_it_says(tiny_run):
     images, _ = bagssl.load_images("any", folder / "data", "pretrain", 40)
     found, expected = net.whiten.weight.flatten(1), bagssl.whitening_filters(images).flatten(1)
     torch.testing.assert_close((found @ expected.T).abs().amax(1), expected.square().sum(1), rtol=1e-2, atol=1e-2)
+
+
+def test_the_online_probe_learns_from_the_mean_embedding():
+    torch.manual_seed(0)
+    probe, labels = bagssl.OnlineProbe(16, 4), torch.arange(200) % 4
+    h = torch.randn(200, 3, 16) + 2 * torch.randn(4, 16)[labels][:, None]
+    mean = h.double().mean(1)
+    linear = probe.layers[1]
+    scores = ((mean - mean.mean(0)) / mean.std(0, correction=0)) @ linear.weight.double().T + linear.bias
+    assert probe(h.requires_grad_(), labels).item() == pytest.approx(
+        100 * (scores.argmax(1) == labels).double().mean().item())
+    for _ in range(200):
+        accuracy = probe(h, labels)
+    assert accuracy > 95 and h.grad is None
+
+
+def test_the_online_probe_shows_in_the_log_and_changes_no_weight(tiny_run, tmp_path, in_process, monkeypatch, capsys):
+    folder, printed = tiny_run
+    assert re.search(r"probe \d+\.\d %", printed)
+    assert all(0 <= x <= 100 for x in losses(folder / "run", key="probe_top1"))
+    usual = bagssl.training_images
+    monkeypatch.setattr(bagssl, "training_images", lambda *arguments: (usual(*arguments)[0], None))
+    assert in_process(*tiny(tiny_run, tmp_path)) is None
+    assert "probe " not in capsys.readouterr().out.replace("probe it", "")
+    assert "probe_top1" not in (tmp_path / "run/log.jsonl").read_text()
+    assert same_weights(tmp_path / "run", folder / "run")
 
 
 def test_a_resnets_backbone_is_torchvisions(tiny_run, tmp_path, in_process):
@@ -721,7 +750,9 @@ def test_a_signal_ends_a_run_with_a_checkpoint(tiny_run, tmp_path, number, code,
     assert stopped_at == 20 and len(losses(tmp_path / "run")) == 2
     assert signal.getsignal(number) == usual and not (tmp_path / "run/backbone.pt").exists()
     assert in_process(*arguments) is None and "at step 20 of 45" in capsys.readouterr().out
-    assert losses(tmp_path / "run") == losses(folder / "run") and same_weights(tmp_path / "run", folder / "run")
+    for key in ("loss", "probe_top1"):
+        assert losses(tmp_path / "run", key=key) == losses(folder / "run", key=key)
+    assert same_weights(tmp_path / "run", folder / "run")
 
 
 # The command line with changes, for torchrun to start.
@@ -823,8 +854,11 @@ def test_a_full_disk_is_told_and_what_was_saved_stays(tiny_run, tmp_path, monkey
     assert "cannot write" in refused(*arguments, "--out", tmp_path / "file/run")
 
 
-# In bfloat16, rounding hides whether processes agree. The backend compiles without a C++ compiler.
+# In bfloat16, rounding hides whether processes agree. The backend compiles without a C++ compiler. Only the first
+# process may look for images.
 FLOAT32 = """bagssl.has_bf16 = lambda device: False
+if bagssl.RANK > 0:
+    bagssl.find_images = None
 compiler = torch.compile
 torch.compile = lambda part: compiler(part, backend="aot_eager")"""
 
@@ -832,7 +866,7 @@ torch.compile = lambda part: compiler(part, backend="aot_eager")"""
 def test_processes_train_as_one_compiled_or_not(tmp_path, monkeypatch, in_process):
     """1 and 4 processes, and 2 compiled: 21 steps of 32 images, losses equal to 1e-5 and weights to 1e-4."""
     for i in range(96):
-        write_image(tmp_path / f"data/{i}.png", seed=i)
+        write_image(tmp_path / f"data/train/{'ab'[i % 2]}/{i}.png", seed=i)
     arguments = [*TINY, "--data", tmp_path / "data", "--epochs", 7, "--batch-size", 32, "--num-patches", 4,
                  "--lr", 3e-4]
     with monkeypatch.context() as patch:
@@ -845,6 +879,8 @@ def test_processes_train_as_one_compiled_or_not(tmp_path, monkeypatch, in_proces
     one = torch.load(tmp_path / "1/checkpoint.pt", weights_only=True)["encoder"]
     for name in ("4", "2 compiled"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
+        assert losses(tmp_path / name, key="probe_top1") == pytest.approx(
+            losses(tmp_path / "1", key="probe_top1"), abs=1)  # rounding may turn a guess
         many = torch.load(tmp_path / f"{name}/checkpoint.pt", weights_only=True)["encoder"]
         for key in one:
             if "num_batches" not in key:
@@ -1270,6 +1306,44 @@ def test_profile_times_the_parts_and_leaves_nothing(tiny_run, tmp_path, processe
     assert sum(float(shown[part][1][:-1]) for part in parts) == pytest.approx(100, abs=0.5)
     milliseconds, rate = float(shown["step"][0]), float(shown["step"][1].replace(",", ""))
     assert rate == pytest.approx(8 * 2 / milliseconds * 1e3, rel=0.02) and "step on a ready input" in shown
+
+
+# A step of two real processes, by the code that training uses.
+COUNTED = """
+import json, sys
+import torch
+sys.path[:0] = sys.argv[1:3]
+import bagssl, benchmark
+config = bagssl.parse_config(sys.argv[3:])
+device = bagssl.start_process("cpu")
+bagssl.has_bf16 = lambda device: True  # slowly, where it is not native
+encoder = bagssl.Encoder(config.arch, config.stem_stride, config.projector)
+optimizer = benchmark.make_optimizer(encoder, config)
+model, _ = bagssl.parallelize_and_compile(encoder, bagssl.training_views, config, device)
+x = benchmark.make_input(torch.zeros(config.batch_size // 2, 3, 32, 32, dtype=torch.uint8), 0, config)
+for _ in range(3):  # in its second step DistributedDataParallel arranges its buckets anew
+    with benchmark.Communication() as communication, benchmark.FlopCounterMode(display=False) as flops:
+        benchmark.train_step(x, model, optimizer, config)
+if bagssl.RANK == 0:
+    print(json.dumps([communication.counts, flops.get_total_flops()]))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_the_simulation_counts_what_two_processes_send(tmp_path, in_process, capsys):
+    flags = ["--preset", "cifar10-cpu", "--batch-size", "8", "--projector", "256", "256", "256"]
+    (tmp_path / "counted.py").write_text(COUNTED)
+    real = command(tmp_path / "counted.py", HERE, HERE / ".github", *flags, script="", launcher=torchrun(2))
+    assert real.returncode == 0, real.stderr
+    counts, flops = json.loads(real.stdout)
+    tflop, _, simulated = benchmark.count_step(bagssl.parse_config(flags), 2)
+    assert tflop == pytest.approx(flops / 1e12, rel=0.01) and counts.keys() == simulated.keys()
+    for kind, (_, size) in simulated.items():
+        assert size == pytest.approx(counts[kind][1], rel=0.01) and size > 0
+    assert in_process("scale", *flags, "--processes", 1, 2, script=benchmark) is None
+    one, two = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
+    assert one[:2] == ["1", "8"] and two[:2] == ["2", "4"] and one[4:12] == ["0.0", "(0)"] * 4
+    assert two[5] == f"({counts['gather'][0]})" and two[9] == f"({counts['scatter'][0]})"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@
     python .github/benchmark.py ratios                         # each fast piece against the plain way
     python .github/benchmark.py profile --preset cifar10-cpu   # where a training step's time goes
     torchrun --standalone --nproc_per_node=2 .github/benchmark.py profile --preset cifar10-cpu
+    python .github/benchmark.py scale --preset imagenet --processes 1 8 64 512   # a step on many GPUs, simulated
 
 `ratios` needs no data and runs on the CPU: the images are noise; patches, network and loss are those of the preset
-cifar10-cpu. `profile` takes any flag of bagssl.py. Nothing is trained, and nothing is written but the cache of
-decoded images.
+cifar10-cpu. `profile` and `scale` take any flag of bagssl.py. Nothing is trained, and nothing is written but the cache
+of decoded images. `scale` needs no data and no GPU: one process of many runs a step on tensors that have a shape and
+no content, and its operations, memory and communication are counted. Under torchrun it counts those of a real step.
 """
 
 import argparse
@@ -27,6 +29,11 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
@@ -105,7 +112,7 @@ def profile(flags, warm_up=3, rounds=20):
     bagssl.check_config(config, WORLD_SIZE)
     device = bagssl.start_process(config.device)
 
-    images = bagssl.training_images(config, device)
+    images, labels = bagssl.training_images(config, device)
     steps = config.epochs * (len(images) // config.batch_size)
     encoder = bagssl.Encoder(config.arch, config.stem_stride, config.projector)
     encoder.to(device, memory_format=torch.channels_last)
@@ -128,13 +135,13 @@ def profile(flags, warm_up=3, rounds=20):
         with part("projector"):
             return h, projector(h)
 
-    reading_ahead = bagssl.batches(images, config, mine, device, 0, sys.maxsize)
+    reading_ahead = bagssl.batches(images, labels, config, mine, device, 0, sys.maxsize)
     for step in range(warm_up + rounds):
         if step == warm_up:
             times.clear()
-        reader = bagssl.batches(images, config, mine, device, step, sys.maxsize)  # new: it has read nothing ahead
+        reader = bagssl.batches(images, labels, config, mine, device, step, sys.maxsize)  # new: nothing is read ahead
         with part("load"):
-            _, batch = next(reader)
+            _, batch, _ = next(reader)
         reader.close()  # waits for its thread, which has begun to read the next batch
         with part("crop + augment"):
             x = make_input(batch, step, config, views)
@@ -173,6 +180,110 @@ def profile(flags, warm_up=3, rounds=20):
               f"{flop / 1e9:,.1f} GFLOP per step and process, {rate:,.0f} GFLOP/s: {rate / limit:.0%} of the "
               f"{limit:,.0f} of a large {str(dtype)[6:]} matrix product\n"
               f"peak memory {memory:.1f} GB per process; {torch.get_num_threads()} threads; torch {torch.__version__}")
+
+
+# --------------------------------------------------------------------------------------------------
+# scale
+
+
+class Communication(TorchDispatchMode):
+    """Counts the collective operations of the block: [calls, bytes] of each kind.
+
+    The bytes are those of the whole: of the rows gathered from all, of the tensor summed or broadcast, and of what is
+    summed and then scattered.
+    """
+
+    KINDS = {"_allgather_base_": "gather", "allreduce_": "sum", "_reduce_scatter_base_": "scatter",
+             "broadcast_": "broadcast"}
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {kind: [0, 0] for kind in self.KINDS.values()}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            count = self.counts[self.KINDS[function._schema.name.removeprefix("c10d::")]]
+            count[0] += 1
+            count[1] += max(sum(leaf.nbytes for leaf in tree_leaves(argument) if isinstance(leaf, torch.Tensor))
+                            for argument in args[:2])  # of input and output, the larger
+        return function(*args, **kwargs or {})
+
+
+def count_step(config, processes, bucket=25 * 2 ** 20):
+    """TFLOP, peak GB, and [calls, bytes] of each kind of communication of one process in a step of `processes`.
+
+    Simulated, on tensors without content. So that it shows what a GPU would need, the network is in bfloat16.
+    DistributedDataParallel cannot be simulated: what it does to buffers and gradients is done here by hand.
+    """
+    if processes > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    try:
+        with FakeTensorMode():
+            return count_fake_step(config, processes, bucket)
+    finally:
+        if processes > 1:
+            dist.destroy_process_group()
+
+
+def count_fake_step(config, processes, bucket):
+    """What `count_step` returns, inside a FakeTensorMode and a group of processes."""
+    b, S = config.batch_size // processes, config.image_size
+    encoder = bagssl.Encoder(config.arch, config.stem_stride, config.projector)
+    if config.arch == "patchnet":  # MemTracker takes no fixed parameter
+        whiten = encoder.backbone.whiten.weight.detach()
+        del encoder.backbone.whiten.weight
+        encoder.backbone.whiten.register_buffer("weight", whiten)
+    optimizer, memory = make_optimizer(encoder, config), MemTracker()
+    images = torch.zeros(b, 3, S, S, dtype=torch.uint8)
+    weights = list(encoder.parameters())
+    gradients = torch.zeros(sum(p.numel() for p in weights))
+    for p, its_part in zip(weights, gradients.split([p.numel() for p in weights])):
+        p.grad = its_part.view_as(p)
+    memory.track_external(encoder, optimizer, images)
+    with memory, Communication() as communication, FlopCounterMode(display=False) as flops:
+        x = bagssl.training_views(images, torch.rand(b, config.num_patches, 11), config)
+        if processes > 1:
+            dist.broadcast(torch.cat([buffer.float().flatten() for buffer in encoder.buffers()]), 0)
+        with torch.autocast("cpu", torch.bfloat16):
+            _, z = encoder(x)
+        z = bagssl.gather(z.unflatten(0, (-1, config.num_patches)))
+        loss, _ = bagssl.vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight, world_size=processes)
+        loss.backward()
+        if processes > 1:
+            for part in gradients.split(bucket // gradients.itemsize):
+                dist.all_reduce(part)
+        optimizer.step()
+    peak = memory.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    return flops.get_total_flops() / 1e12, peak / 1e9, communication.counts
+
+
+def scale(flags):
+    """Print what a step costs each of several numbers of processes, and how long the run would take."""
+    parser = bagssl.Parser(prog="benchmark.py scale", description=scale.__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--processes", type=int, nargs="+", default=[1, 8, 64, 512], help="numbers of processes")
+    add("--images", type=int, default=1_281_167, help="images in the training set; default: ImageNet's")
+    add("--tflops", type=float, default=160, help="TFLOP/s of each process; default: a sixth of an H100's peak")
+    add("--per-node", type=int, default=8, help="processes of a node")
+    add("--gb-within", type=float, default=150, help="GB/s that a process sends within its node")
+    add("--gb-between", type=float, default=25, help="GB/s that a process sends to other nodes")
+    ours, flags = parser.parse_known_args(flags)
+    config = bagssl.parse_config(flags)
+    print(f"{config.arch}, projector {' '.join(map(str, config.projector))}, B = {config.batch_size}, "
+          f"V = {config.num_patches}; {ours.tflops:g} TFLOP/s, {ours.gb_within:g} and {ours.gb_between:g} GB/s\n"
+          f"a step: MB (calls) of communication; the run of {config.epochs} epochs: hours of compute + communication\n"
+          f"processes  images each   TFLOP  peak GB" + "".join(f"{kind:>15}" for kind in Communication.KINDS.values()) +
+          "    hours")
+    for n in ours.processes:
+        bagssl.check_config(config, n)
+        tflop, peak, counts = count_step(config, n)
+        steps = config.epochs * (ours.images // config.batch_size)
+        sizes = [size for _, size in counts.values()]
+        sent = (n - 1) / n * (sum(sizes) + counts["sum"][1])  # in rings, where a sum goes round twice
+        seconds = sent / 1e9 / (ours.gb_within if n <= ours.per_node else ours.gb_between)
+        columns = [f"{size / 1e6:,.1f} ({calls})" for calls, size in counts.values()]
+        print(f"{n:9}  {config.batch_size // n:11}  {tflop:6.3g}  {peak:7.1f}", *(f"{text:>13}" for text in columns),
+              f"{steps * tflop / ours.tflops / 3600:7.1f} + {steps * seconds / 3600:.1f}", sep="  ", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -325,11 +436,11 @@ def ratios():
 
 def main():
     parser = bagssl.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["ratios", "profile"])
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="for profile, those of bagssl.py")
+    parser.add_argument("command", choices=["ratios", "profile", "scale"])
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="for profile and scale, those of bagssl.py")
     arguments = parser.parse_args()
-    if arguments.command == "profile":
-        profile(arguments.flags)
+    if arguments.command != "ratios":
+        {"profile": profile, "scale": scale}[arguments.command](arguments.flags)
     elif arguments.flags:
         parser.error("ratios takes no flags")
     else:
