@@ -232,7 +232,7 @@ def count_fake_step(config, processes, bucket):
     if config.arch == "patchnet":  # MemTracker takes no fixed parameter
         whiten = encoder.backbone.whiten.weight.detach()
         del encoder.backbone.whiten.weight
-        encoder.backbone.whiten.register_buffer("weight", whiten)
+        encoder.backbone.whiten.weight = whiten
     optimizer, memory = make_optimizer(encoder, config), MemTracker()
     images = torch.zeros(b, 3, S, S, dtype=torch.uint8)
     weights = list(encoder.parameters())
@@ -243,7 +243,7 @@ def count_fake_step(config, processes, bucket):
     with memory, Communication() as communication, FlopCounterMode(display=False) as flops:
         x = bagssl.training_views(images, torch.rand(b, config.num_patches, 11), config)
         if processes > 1:
-            dist.broadcast(torch.cat([buffer.float().flatten() for buffer in encoder.buffers()]), 0)
+            dist.broadcast(torch.cat([buffer.flatten().view(torch.uint8) for buffer in encoder.buffers()]), 0)
         with torch.autocast("cpu", torch.bfloat16):
             _, z = encoder(x)
         z = bagssl.gather(z.unflatten(0, (-1, config.num_patches)))
