@@ -11,9 +11,10 @@
         --patch-size 224
 
 For each n, and for the whole image in one forward pass, it reports the accuracy of a linear probe (softmax regression
-on frozen features) and of a weighted nearest-neighbour vote, and adds them to eval.jsonl beside the checkpoint. Two
-controls show how much of it was learned: the same network untrained, and raw pixels. The probe's weight decay is
-chosen on a held-out tenth of the training images; test images serve only for the accuracies reported.
+on frozen features) and of a weighted nearest-neighbour vote, on the features as they are and on whitened ones, and adds
+them to eval.jsonl beside the checkpoint. Two controls show how much of it was learned: the same network untrained, and
+raw pixels. The probe's weight decay is chosen on a held-out tenth of the training images; test images serve only for
+the accuracies reported.
 """
 
 import argparse
@@ -126,6 +127,17 @@ def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3
     weight, = fit_linear(train, train_labels, classes, [best])
     scores = test @ weight[:-1] + weight[-1]
     return {f"top{k}": top_k(scores, test_labels, k) for k in ((1, 5) if classes > 10 else (1,))} | {"decay": best}
+
+
+def whiten(train, test, epsilon=1e-3):
+    """Rotate features to the training set's principal axes, and divide each by the root of its variance.
+
+    train (N, D), test (M, D). epsilon times the greatest variance is added to all, so that no noise is blown up.
+    """
+    mean = train.mean(0)
+    variances, axes = torch.linalg.eigh(torch.cov((train - mean).T).cpu())  # not every device has eigh
+    axes = (axes / (variances + epsilon * variances[-1]).sqrt()).to(train.device)
+    return (train - mean) @ axes, (test - mean) @ axes
 
 
 def knn_probe(train, train_labels, test, test_labels, k=20, temperature=0.07, block=512):
@@ -298,8 +310,10 @@ def main():
         test = embed(embedder, test_images, device, f"{name}, test")
         if RANK == 0:
             parts = [part.to(device) for part in (train, train_labels, test, test_labels)]
-            row = {"features": name, **linear_probe(*parts), "knn": knn_probe(*parts)}
-            columns = [f"{key} {row[key]:5.2f} %" for key in ("top1", "top5", "knn") if key in row]
+            white_train, white_test = whiten(parts[0], parts[2])
+            row = {"features": name, **linear_probe(*parts), "knn": knn_probe(*parts),
+                   "knn_whitened": knn_probe(white_train, parts[1], white_test, parts[3])}
+            columns = [f"{key} {row[key]:5.2f} %" for key in ("top1", "top5", "knn", "knn_whitened") if key in row]
             print(f"{name:24}", *columns, sep="  ", flush=True)
             results.append(row)
         if patient:

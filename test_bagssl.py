@@ -1036,6 +1036,20 @@ def test_linear_fits_are_the_optima():
         assert gradient.abs().max() < 1e-4
 
 
+def test_whitened_features_are_uncorrelated_with_equal_variances():
+    x = uniform(500, 6) @ uniform(6, 6, seed=1) + 3
+    white, test = eval_linear.whiten(x, 2 * x[:9], epsilon=0)
+    torch.testing.assert_close(torch.cov(white.T), torch.eye(6), rtol=0, atol=1e-3)
+    covariance = torch.cov(x.double().T)
+    for one, (i, j) in zip(test[:8], itertools.pairwise(range(9))):  # distances are Mahalanobis's
+        apart = 2 * (x[i] - x[j]).double()
+        expected = (apart @ torch.linalg.inv(covariance) @ apart).sqrt().item()
+        assert (one - test[j]).norm().item() == pytest.approx(expected, rel=1e-3)
+    noisy = torch.cat([x, 1e-4 * uniform(500, 1, seed=2)], 1)
+    assert eval_linear.whiten(noisy, noisy)[0].std(0).min() < 0.01  # what hardly varies stays small
+    assert eval_linear.whiten(x, x)[1].mean(0).abs().max() < 1e-4
+
+
 def test_knn_votes_as_a_loop_does():
     generator = torch.Generator().manual_seed(0)
     train, test = torch.randn(60, 4, generator=generator), torch.randn(50, 4, generator=generator)
