@@ -654,7 +654,7 @@ def batches(images, labels, config, rows, device, start, steps):
         with torch.cuda.device(device if to_gpu else -1):  # a new thread would occupy memory on the first GPU
             chosen = torch.empty(len(indices), *images.shape[1:], dtype=images.dtype, device=images.device,
                                  pin_memory=to_gpu)
-        parts = 1 if images.is_cuda else 16  # from a disk, 16 threads read several times as fast as one
+        parts = 1 if images.is_cuda else 16  # so that a disk has several reads at hand
         list(readers.map(lambda its_indices, out: torch.index_select(images, 0, its_indices, out=out),
                          indices.chunk(parts), chosen.chunk(parts)))
         return chosen.to(device, non_blocking=to_gpu), None if labels is None else labels[indices].to(device)

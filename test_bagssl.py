@@ -828,7 +828,7 @@ def test_collapse_is_warned_of_once(tiny_run, tmp_path, monkeypatch, capsys, in_
     clock = itertools.count(0, 11.0)  # so that every look is shown
     monkeypatch.setattr(bagssl, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     project = bagssl.Encoder.forward
-    monkeypatch.setattr(bagssl.Encoder, "forward", lambda encoder, x: (torch.ones(len(x), 4), project(encoder, x)[1]))
+    monkeypatch.setattr(bagssl.Encoder, "forward", lambda encoder, x: (torch.ones(len(x), 1024), project(encoder, x)[1]))
     assert in_process(*tiny(tiny_run, tmp_path), "--epochs", 4) is None
     told = capsys.readouterr().err
     assert told.count("warning") == 1 and "at step 2" in told and "--lr" in told
