@@ -626,10 +626,7 @@ def decode_folder(folder, names, size, cache):
 
 
 def training_images(config, device):
-    """The images to pretrain on, on the GPU if they fit, and their labels, None unless all have one.
-
-    Raises UserError if they are fewer than a batch.
-    """
+    """The images to pretrain on, on the GPU if they fit, and their labels, None unless every image has one."""
     images, labels = load_images(config.dataset, config.data, "pretrain", config.image_size, config.cache, config.seed)
     if len(images) < config.batch_size:
         raise UserError(f"{len(images)} images are fewer than one batch of {config.batch_size}; give more images or a "
@@ -652,8 +649,7 @@ def batches(images, labels, config, rows, device, start, steps):
         epoch, batch = divmod(step, N // B)  # an epoch's last, incomplete batch is left out
         indices = order(epoch)[batch * B:(batch + 1) * B][rows]
         with torch.cuda.device(device if to_gpu else -1):  # a new thread would occupy memory on the first GPU
-            chosen = torch.empty(len(indices), *images.shape[1:], dtype=images.dtype, device=images.device,
-                                 pin_memory=to_gpu)
+            chosen = images.new_empty(len(indices), *images.shape[1:], pin_memory=to_gpu)
         parts = 1 if images.is_cuda else 16  # so that a disk has several reads at hand
         list(readers.map(lambda its_indices, out: torch.index_select(images, 0, its_indices, out=out),
                          indices.chunk(parts), chosen.chunk(parts)))
