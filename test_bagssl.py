@@ -1144,7 +1144,7 @@ def test_a_published_checkpoint_is_probed(tiny_run, tmp_path, in_process, capsys
 
 def test_the_demo_learns(tmp_path):
     """A third of the demo: its bag beats the same network untrained, and one patch, by more than chance moves them."""
-    fewer = "import bagssl, eval_linear; bagssl.DEMO_COUNTS.update(pretrain=6_400, test=1000); bagssl.run_cli({}.main)"
+    fewer = "import bagssl, eval_linear; bagssl.DEMO_COUNTS.update(pretrain=6_400, test=500); bagssl.run_cli({}.main)"
     for name, arguments in (("bagssl", ["--preset", "demo", "--out", tmp_path, "--device", "cpu"]),
                             ("eval_linear", ["--checkpoint", tmp_path / "checkpoint.pt", "--patches", "1", "16"])):
         finished = command("-c", fewer.format(name), *arguments, script="", timeout=1200, OMP_NUM_THREADS="2")
