@@ -10,8 +10,8 @@ Learning" (TMLR 2023, arXiv:2206.08954).
 
 1. Cut a few patches of one fixed scale at random out of each image; augment each independently.
 2. Embed each patch, h = f(x), with a convolutional network; project it, z = g(h), with an MLP.
-3. Train with VICReg: the projections of patches of the same image agree (invariance), each
-   dimension of z varies over the batch (variance), and no two dimensions are correlated (covariance).
+3. Train with VICReg. It makes the projections of an image's patches agree (invariance), keeps each
+   dimension of z varying over the batch (variance), and decorrelates the dimensions (covariance).
 4. Throw the projector away. An image is represented by the mean of its patches' embeddings h.
 
 `eval_linear.py` measures what was learned. On CIFAR-10, after 26 minutes on 2 CPU cores (bfloat16,
@@ -57,49 +57,49 @@ from torch import nn
 # ----------------------------------------------------------------------------------------------------------------------
 # Config
 #
-# Every field is a command-line flag with the comment as its help. A preset overrides the defaults, and a flag overrides
-# the preset.
+# Every field is a command-line flag, and its comment is the flag's help. A preset overrides the defaults, and a flag
+# overrides the preset.
 
 
 @dataclass
 class Config:
     preset: str = ""  # demo, cifar10, cifar10-cpu, cifar100, imagenet; default: cifar10 with CUDA, else demo
-    dataset: str = "demo"  # demo; cifar10, cifar100, stl10, fashionmnist; or any name: a folder DATA/DATASET
-    data: str = ""  # folder with images or torchvision's files; default: data/DATASET, filled by torchvision
-    cache: str = ""  # folder for decoded images; default: .bagssl in the folder of images, so that all runs share it
+    dataset: str = "demo"  # demo; cifar10, cifar100, stl10, fashionmnist; or the name of a folder DATA/DATASET
+    data: str = ""  # folder of images, or of torchvision's files; default: data/DATASET, downloaded if missing
+    cache: str = ""  # folder for decoded images; default: .bagssl in the folder of images, shared by all runs
     out: str = ""  # folder of the run; default: runs/PRESET; an interrupted run there is continued
     arch: str = "patchnet"  # patchnet, made for small patches; resnet18, resnet34, resnet50, as in published work
-    stem_stride: int = 1  # of the first layer, 1 or 2; 4: a resnet's standard stem, 7x7 convolution and pooling
-    projector: tuple = (2048, 2048, 2048)  # widths of the projector's three layers; wider is better for VICReg
+    stem_stride: int = 1  # stride of the first layer: 1 or 2; 4: a resnet's own stem, a 7x7 convolution and max-pooling
+    projector: tuple = (2048, 2048, 2048)  # widths of the projector's layers
     image_size: int = 32  # images are resized to this short side and centre-cropped to a square
-    patch_scale: tuple = (0.25,)  # a patch's fraction of the image's area; two values: drawn between them (multi-scale)
+    patch_scale: tuple = (0.25,)  # a patch's fraction of the image's area; two values: a range (multi-scale)
     patch_size: int = 0  # patches are resized to this side; 0: not resized
     num_patches: int = 4  # V, patches per image and step
     batch_size: int = 256  # B, images per step, over all processes
     epochs: int = 30  # passes over the images
-    lr: float = 0.1  # base learning rate of SGD with Nesterov momentum 0.9
-    clip: float = 2.0  # maximum gradient norm; without it the first gradients, 20 times the later ones, do harm
+    lr: float = 0.1  # peak learning rate of SGD with Nesterov momentum 0.9
+    clip: float = 2.0  # maximum gradient norm; the first gradients are 20 times as large as later ones
     warmup: float = 0.1  # fraction of the steps over which the learning rate rises
-    weight_decay: float = 1e-4  # not applied to biases and normalisation
-    inv_weight: float = 25.0  # weight of the invariance term; this and the next two are the VICReg authors'
+    weight_decay: float = 1e-4  # not applied to the normalisation's parameters
+    inv_weight: float = 25.0  # weight of the invariance term; the defaults of all three are the VICReg authors'
     var_weight: float = 25.0  # weight of the variance term
     cov_weight: float = 1.0  # weight of the covariance term
-    seed: int = 0  # of the weights, the order of the images, the patches, and the demo's images
+    seed: int = 0  # random seed of the initial weights, the order of the images, the patches, and the demo's images
     device: str = ""  # cuda, mps, cpu; default: the best there is
-    compile: str = "auto"  # yes, no; auto: with CUDA
+    compile: str = "auto"  # yes, no, or auto: only with CUDA
     save_every: float = 5.0  # minutes between checkpoints
 
 
 PRESETS = {
-    # Ten classes need few dimensions of z. Two patches of an image have little in common here: with cov_weight=1,
-    # the invariance term outweighs the others.
+    # Ten classes need few dimensions of z. Two patches of an image have little in common here, and with
+    # cov_weight=1 the invariance term dominates.
     "demo": dict(image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
-    # Small batches take more steps in the same time. With inv_weight=25, z collapses early on.
+    # Smaller batches allow more steps in the same time. With inv_weight=25, z collapses early on.
     "cifar10-cpu": dict(dataset="cifar10", batch_size=64, epochs=16, projector=(1024, 1024, 1024), inv_weight=10.0),
     "cifar10": dict(dataset="cifar10", arch="resnet18"),
     "cifar100": dict(dataset="cifar100", arch="resnet18"),
-    # The paper's setting: 32 x 32 pixels of 224 x 224.
+    # The paper's patches, 32 x 32 pixels of 224 x 224, and its network.
     "imagenet": dict(dataset="imagenet", arch="resnet50", image_size=224, patch_scale=(0.0204,),
                      projector=(8192, 8192, 8192), batch_size=2048, epochs=100),
 }
@@ -112,13 +112,13 @@ class UserError(Exception):
 # ----------------------------------------------------------------------------------------------------------------------
 # Patches
 #
-# The method sees an image only through square patches of one fixed scale, the fraction of the image's area that a patch
-# covers. A patch is a pure function of its image and of eleven uniform random numbers: two place it, one scales it (in
-# the multi-scale baseline only), and eight augment it. One tensor of such numbers makes all patches of a step.
+# The method sees an image only through square patches of a fixed scale. A patch's scale is the fraction of the image's
+# area that it covers. A patch is a pure function of its image and of eleven uniform random numbers: two place it, one
+# scales it (in the multi-scale baseline only), and eight augment it. One tensor of them makes all patches of a step.
 
 
 def patch_side(height, width, scale):
-    """The side, in pixels, of a square patch with `scale` of an image's area; at most the image's short side."""
+    """The side, in pixels, of a square patch that covers the fraction `scale` of an image; at most its short side."""
     if not 0 < scale <= 1:
         raise ValueError(f"a patch's scale is a fraction of the image's area, in (0, 1], not {scale}")
     return max(1, min(height, width, round(math.sqrt(scale * height * width))))
@@ -128,16 +128,16 @@ def crop_patches(images, u, scale, size=None):
     """Cut random patches out of images, uniformly over the positions where they fit.
 
     images: (B, C, H, W), uint8 or float. u: (B, V, 3), uniform numbers in [0, 1): the vertical and the
-    horizontal position, and the scale where that is a range. scale: the fraction of the image's area,
-    or (low, high). size: the side to resize to, needed for a range; None keeps the image's own pixels.
-    Returns (B, V, C, s, s) in the images' dtype. Raises ValueError on a scale outside (0, 1], on a range
-    whose low is above its high, and on a range without a size.
+    horizontal position, and the scale if that is a range. scale: the fraction of the image's area,
+    or a range (low, high). size: the side to resize to, required for a range; None keeps the image's own pixels.
+    Returns (B, V, C, s, s) in the images' dtype. Raises ValueError unless 0 < low <= high <= 1 and, for a
+    range, size is given.
     """
     height, width = images.shape[-2:]
     if isinstance(scale, (tuple, list)):
         low, high = scale
         if size is None or low > high:
-            raise ValueError(f"a scale of low to high needs low <= high and a size, not ({low}, {high}) and {size}")
+            raise ValueError(f"a range of scales needs low <= high and a size, not ({low}, {high}) and {size}")
         area = (low + u[..., 2] * (high - low)) * height * width
         side = area.sqrt().round().long().clamp(patch_side(height, width, low), patch_side(height, width, high))
     else:
@@ -168,21 +168,23 @@ def grid_patches(images, per_side, scale, size=None):
 def _cut(images, top, left, side, size):
     """The squares whose corners are top and left, int64 (B, V) or (1, V); side: an int, or of the same shape."""
     if isinstance(side, int) and size in (None, side):
-        squares = images.unfold(2, side, 1).unfold(3, side, 1)  # all of them, (B, C, top, left, s, s), as a view
-        return squares[torch.arange(len(images), device=images.device)[:, None], :, top, left]
+        windows = images.unfold(2, side, 1).unfold(3, side, 1)  # all of them, as a view: (B, C, top, left, s, s)
+        image = torch.arange(len(images), device=images.device)[:, None]  # (B, 1)
+        return windows[image, :, top, left]  # (B, V, C, s, s): indexed dimensions come first
     # Crop and resize at once: each patch has a matrix of weights for its rows, and one for its columns.
     rows = _resize_weights(top, side, images.shape[-2], size)  # (B or 1, V, size, H)
     columns = _resize_weights(left, side, images.shape[-1], size)  # (B or 1, V, size, W)
     patches = torch.einsum("bvyh,bchw,bvxw->bvcyx", rows, images.float(), columns)
     if not images.is_floating_point():
-        patches = patches.round().clamp(0, 255)  # weights sum to 1 only up to rounding
+        patches = patches.round().clamp(0, 255)  # rounding errors can leave [0, 255]
     return patches.to(images.dtype)
 
 
 def _resize_weights(start, side, extent, size):
-    """The matrix that resizes pixels [start, start + side) of `extent` to `size`: bilinear, antialiased.
+    """Matrices that resize pixels [start, start + side) of an axis of length `extent` to length `size`.
 
-    A pixel of the output is an average of input pixels under a triangle of half-width max(side / size, 1).
+    Bilinear and antialiased: an output pixel is an average of input pixels, weighted by a triangle of
+    radius max(side / size, 1).
     start: (B, V); side: an int or (B, V). Returns (B, V, size, extent), rows summing to 1.
     """
     start, side = start[..., None, None], torch.as_tensor(side, device=start.device)[..., None, None]
@@ -198,32 +200,32 @@ def _resize_weights(start, side, extent, size):
 # Augmentation
 #
 # The colours of each patch are changed independently, so that colour alone cannot tell which patches share an image.
-# Operations, strengths and probabilities are those of the VICReg authors' code, in a fixed order and without the blur,
-# which leaves little of a small patch. The authors solarise one view with probability 0 and the other with 0.2; here
-# there are no first and second views: all get 0.1.
+# Operations, strengths and probabilities are those of the VICReg authors' code, but the jitter's order is fixed, and
+# there is no blur, which would leave little of a small patch. The authors solarise one view with probability 0 and the
+# other with 0.2; here all views are alike, and each is solarised with probability 0.1.
 
 
 def augment(patches, u, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter_prob=0.8, gray_prob=0.2,
             solarize_prob=0.1):
-    """Flip, jitter, grey and solarise each patch by its own random numbers.
+    """Flip, jitter, grey and solarise each patch with its own random numbers.
 
     patches: float (..., 3, s, s) in [0, 1]. u: (..., 8), uniform numbers in [0, 1). A patch is flipped with
-    probability 1/2. With probability jitter_prob it is jittered as by torchvision.transforms.functional: its
+    probability 1/2. With probability jitter_prob it is jittered as in torchvision's ColorJitter: its
     brightness, contrast and saturation are scaled by factors in 1 +- their strength, and its hue is shifted
-    by up to +- `hue` turns. Returns the same shape and range. Raises ValueError on other patches.
+    by at most `hue` of a full turn. Returns the same shape and range. Raises ValueError on other inputs.
     """
     if not patches.is_floating_point() or patches.shape[-3] != 3:
         raise ValueError(f"augment takes float patches (..., 3, s, s) in [0, 1], not {patches.dtype} "
                          f"of shape {tuple(patches.shape)}")
     flip, jitter, *amounts, gray, solarize = u[..., None, None, None].unbind(-4)  # each (..., 1, 1, 1)
-    brighten, steepen, saturate, turn = (
+    d_brightness, d_contrast, d_saturation, d_hue = (
         torch.where(jitter < jitter_prob, (2 * amount - 1) * strength, 0.0)
         for amount, strength in zip(amounts, (brightness, contrast, saturation, hue)))
     x = torch.where(flip < 0.5, patches.flip(-1), patches)
-    x = (x * (1 + brighten)).clamp(0, 1)
-    x = torch.lerp(_luma(x).mean((-2, -1), keepdim=True), x, 1 + steepen).clamp(0, 1)
-    x = torch.lerp(_luma(x), x, 1 + saturate).clamp(0, 1)
-    x = _shift_hue(x, turn)
+    x = (x * (1 + d_brightness)).clamp(0, 1)
+    x = torch.lerp(_luma(x).mean((-2, -1), keepdim=True), x, 1 + d_contrast).clamp(0, 1)
+    x = torch.lerp(_luma(x), x, 1 + d_saturation).clamp(0, 1)
+    x = _shift_hue(x, d_hue)
     x = torch.where(gray < gray_prob, _luma(x), x)
     return torch.where((solarize < solarize_prob) & (x >= 0.5), 1 - x, x)
 
@@ -235,16 +237,16 @@ def _luma(patches):
 
 
 def _shift_hue(patches, shift):
-    """Shift the hue by `shift` turns, (..., 1, 1, 1): (..., 3, s, s) through HSV and back."""
+    """Shift the hue of patches (..., 3, s, s) by `shift` turns, (..., 1, 1, 1), as in HSV."""
     r, g, b = patches.unbind(-3)
     value, low = patches.amax(-3), patches.amin(-3)
     chroma = value - low
-    safe = torch.where(chroma > 0, chroma, 1.0)  # grey has no hue: any will do
+    safe = torch.where(chroma > 0, chroma, 1.0)  # no 0 / 0 for grey, whose hue is arbitrary
     sector = torch.where(value == r, (g - b) / safe,
                          torch.where(value == g, (b - r) / safe + 2, (r - g) / safe + 4))
     sector = sector + 6 * shift.squeeze(-3)  # (..., s, s), in sixths of a turn
 
-    def channel(offset):  # each channel is the same trapezoid of the hue, a third of a turn apart
+    def channel(offset):  # back to RGB: each channel is the same trapezoid in hue, shifted by a third of a turn
         k = (sector + offset) % 6
         return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -258,23 +260,23 @@ def _shift_hue(patches, shift):
 # g(h) is its projection, on which the loss acts (the paper's section 2).
 #
 # `PatchNet` is a network for small patches. Its first layer is fixed and whitens the pixels, as in Keller Jordan's
-# airbench. Most of the pixels' variance is smooth colour, but patches differ by edges and texture. Whitening makes the
-# two equally strong, and learning starts faster. `BatchNorm` is torch's, with statistics over the batches of all
-# processes (see *Processes*).
+# airbench. Smooth colour dominates the pixels' variance, although edges and texture are what tells patches apart;
+# whitening makes the two equally strong, which speeds up learning. `BatchNorm` is torch's, with statistics over the
+# batches of all processes (see *Processes*).
 
 
 def normalize(images):
-    """uint8 in [0, 255] or float in [0, 1] -> float32 standardised by ImageNet's mean and deviation."""
+    """uint8 in [0, 255] or float in [0, 1] -> float32 standardised by ImageNet's mean and standard deviation."""
     images = images if images.is_floating_point() else images / 255
     mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=images.device)[..., None, None]
     return (images.float() - mean) / std
 
 
 def whitening_filters(images, epsilon=0.01):
-    """Filters that whiten blocks of 3 x 3 pixels: their principal axes / sqrt(variance + epsilon).
+    """PCA whitening of blocks of 3 x 3 pixels: a filter for each principal axis, axis / sqrt(variance + epsilon).
 
     images: uint8 (N, 3, H, W); about a million of their blocks are used. Returns float32 (54, 3, 3, 3), on the CPU:
-    the 27 filters and their negatives, so that a ReLU after them loses no sign.
+    the 27 filters and their negatives, so that a ReLU after them keeps both signs.
     """
     some = images[::max(1, images[:, 0].numel() // 1_000_000)].cpu()
     blocks = F.unfold(normalize(some), 3).transpose(0, 1).flatten(1)  # (27, blocks)
@@ -286,32 +288,32 @@ def whitening_filters(images, epsilon=0.01):
 class PatchNet(nn.Module):
     """A backbone for small patches: standardised patches (N, 3, s, s) -> h (N, widths[-1]).
 
-    A fixed layer of `whitening_filters`, three convolutions of 3 x 3 and one of 1 x 1, and the mean over the map.
-    For patches of 16 x 16 pixels the map's side is 14 after the first layer, then 7, and 4 to the end.
+    A fixed layer of `whitening_filters`, three convolutions of 3 x 3 and one of 1 x 1, and global average
+    pooling. Patches of 16 x 16 pixels give feature maps of side 14, 7, 4, 4, 4.
     """
 
-    def __init__(self, widths=(64, 128, 256, 1024), stride=1):
+    def __init__(self, widths=(64, 128, 256, 1024), stem_stride=1):
         super().__init__()
         self.width = widths[-1]
-        self.whiten = nn.Conv2d(3, 54, 3, stride, bias=False).requires_grad_(False)
+        self.whiten = nn.Conv2d(3, 54, 3, stem_stride, bias=False).requires_grad_(False)
         layers = []
-        for width_in, width, kernel, step in zip((54, *widths), widths, (3, 3, 3, 1), (2, 2, 1, 1)):
-            layers += [nn.Conv2d(width_in, width, kernel, step, kernel // 2, bias=False), BatchNorm(width), nn.ReLU()]
+        for width_in, width, kernel, stride in zip((54, *widths), widths, (3, 3, 3, 1), (2, 2, 1, 1)):
+            layers += [nn.Conv2d(width_in, width, kernel, stride, kernel // 2, bias=False), BatchNorm(width), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x):
         maps = self.layers(self.whiten(x).relu())
-        return F.avg_pool2d(maps, maps.shape[2:]).flatten(1)  # the mean; .mean((2, 3)) is slow on channels-last maps
+        return F.avg_pool2d(maps, maps.shape[2:]).flatten(1)  # .mean((2, 3)) is slow where channels come last
 
 
 def make_backbone(arch="patchnet", stem_stride=1):
     """PatchNet, or torchvision's ResNet-18, 34 or 50 without its classifier: (N, 3, s, s) -> (N, .width).
 
-    stem_stride=4 is the ResNets' own stem, a 7 x 7 convolution of stride 2 and pooling. It shrinks small
-    patches too much: 1 or 2 replaces it by one 3 x 3 convolution of that stride.
+    stem_stride=4 is the ResNets' own stem, a 7 x 7 convolution of stride 2 and max-pooling, which shrinks
+    small patches too much; 1 or 2 replaces it by one 3 x 3 convolution of that stride.
     """
     if arch == "patchnet":
-        return PatchNet(stride=stem_stride)
+        return PatchNet(stem_stride=stem_stride)
     backbone = getattr(torchvision.models, arch)(norm_layer=BatchNorm)
     backbone.width, backbone.fc = backbone.fc.in_features, nn.Identity()
     if stem_stride != 4:
@@ -322,16 +324,12 @@ def make_backbone(arch="patchnet", stem_stride=1):
 
 
 class Encoder(nn.Module):
-    """Backbone f and three-layer projector g: standardised patches (N, 3, s, s) -> h (N, D), z (N, D')."""
+    """Backbone f and projector g: standardised patches (N, 3, s, s) -> h (N, D), z (N, D')."""
 
     def __init__(self, arch="patchnet", stem_stride=1, projector=(2048, 2048, 2048)):
         super().__init__()
         self.backbone = make_backbone(arch, stem_stride)
-        first, second, last = projector
-        self.projector = nn.Sequential(
-            nn.Linear(self.backbone.width, first, bias=False), BatchNorm(first), nn.ReLU(),
-            nn.Linear(first, second, bias=False), BatchNorm(second), nn.ReLU(),
-            nn.Linear(second, last, bias=False))
+        self.projector = torchvision.ops.MLP(self.backbone.width, projector, norm_layer=BatchNorm, bias=False)
 
     def forward(self, x):
         h = self.backbone(x)
@@ -341,19 +339,19 @@ class Encoder(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Loss
 #
-# Two patches of one image should have close projections (invariance), over the batch each dimension of z should vary
-# (variance), and no two dimensions should be correlated (covariance); the last two keep z from collapsing to a point or
-# a line.
+# The invariance term pulls the projections of an image's patches together; the variance and covariance terms keep them
+# from collapsing to a point or a line.
 #
-# What this learns, in the paper's formal terms: let p(x1, x2) be the joint distribution of two patches of one image,
-# and p(x) its marginal. Look for z with w z1.z2, for a constant w > 0, close to p(x1, x2) / (p(x1) p(x2)), which is how
-# much more often than by chance two patches occur together (both losses are the paper's):
+# What this learns, in the paper's terms: let p(x1, x2) be the joint distribution of two patches of one image, and p(x)
+# its marginal. The density ratio p(x1, x2) / (p(x1) p(x2)) says how much more often than by chance two patches occur
+# together. The paper's first loss fits w z1.z2, for a constant w > 0, to that ratio:
 #     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - p(x1, x2) / (p(x1) p(x2)))^2 ].
-# Expand the square and use E_{p(x1) p(x2)}[(z1.z2)^2] = || E[z z^T] ||_F^2: but for a constant,
-#     L_C = 2 w L_S,   L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2:
-# pull together what occurs together, and keep the second moments small. Let z now be centred, with variance 1 in each
-# dimension. Then E |z1 - z2|^2 = const - 2 E[z1.z2] (invariance), and || E[z z^T] ||_F^2 = const + sum_{d != e}
-# cov_de^2 (covariance). VICReg subtracts the mean, and its hinge holds the variance up at 1.
+# Expand the square and use E_{p(x1) p(x2)}[(z1.z2)^2] = || E[z z^T] ||_F^2. Up to a constant, L_C = 2 w L_S, where
+#     L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2
+# is the paper's second loss: it pulls together patches that occur together, and keeps the second moments of z small.
+# Let z now be centred, with variance 1 in each dimension. Then E |z1 - z2|^2 = const - 2 E[z1.z2] (invariance), and
+# || E[z z^T] ||_F^2 = const + sum_{d != e} cov_de^2 (covariance). VICReg subtracts the mean, and its hinge keeps each
+# variance from falling below 1.
 
 
 def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, rank=0, world_size=1):
@@ -367,8 +365,8 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
     Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. Computed in float32
     (float64 if z is), also under autocast. Raises ValueError on a z of another shape.
 
-    rank, world_size: if each of several processes holds all of z, each computes 1 / world_size of the
-    covariance term. The mean of their losses is the loss, and the mean of their gradients its gradient.
+    rank, world_size: if several processes hold all of z, each computes its own share of the covariance
+    term, times world_size. The mean of their losses is the loss, and the mean of their gradients its gradient.
     """
     if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"vicreg_loss takes z (B, V, D) with B >= 2 and V >= 2, not {tuple(z.shape)}")
@@ -377,7 +375,7 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
         z = z if z.dtype == torch.float64 else z.float()
         # The mean over pairs of |zi - zj|^2 is 2 / (V - 1) times the sum over patches of |zv - mean z|^2.
         inv = 2 / (V - 1) * (z - z.mean(1, keepdim=True)).square().sum() / (B * D)
-        # Each patch is in equally many pairs: the mean over pairs of hinges and covariances is that over patches.
+        # Each patch is in equally many pairs, so the mean of hinges and covariances over pairs is that over patches.
         z = (z - z.mean(0)).transpose(0, 1)  # (V, B, D), each dimension centred over the batch
         variance = z.square().sum(1) / (B - 1)  # (V, D)
         var = (1 - (variance + eps).sqrt()).relu().mean()
@@ -385,7 +383,7 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
         z = z if B < D else z.mT
         rows = slice(rank * z.shape[1] // world_size, (rank + 1) * z.shape[1] // world_size)
         squares = world_size * (z[:, rows] @ z.mT).square().sum() / (B - 1) ** 2
-        cov = 2 * (squares - variance.square().sum()) / (V * D)  # 2: each pair adds the covariances of both
+        cov = 2 * (squares - variance.square().sum()) / (V * D)  # 2: a pair adds cov(zi) and cov(zj)
         loss = inv_weight * inv + var_weight * var + cov_weight * cov
     return loss, {"inv": inv.detach(), "var": var.detach(), "cov": cov.detach()}
 
@@ -393,7 +391,7 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
 # ----------------------------------------------------------------------------------------------------------------------
 # Bag of patches
 #
-# The image's representation: the mean of the embeddings h, not the projections z, of its patches.
+# An image is represented by the mean of its patches' embeddings h, not of their projections z.
 
 
 class BagOfPatches(nn.Module):
@@ -401,8 +399,8 @@ class BagOfPatches(nn.Module):
 
     backbone: patches (N, 3, s, s) -> (N, D); must be in eval mode. per_side**2 patches of area fraction
     `scale`, resized to `size` if given (see `grid_patches`). forward takes (B, 3, H, W), uint8 or
-    float in [0, 1], and returns float32 (B, D). At most `chunk` patches go through the backbone at once, so
-    that memory is bounded where no gradients are taken.
+    float in [0, 1], and returns float32 (B, D). The backbone gets at most `chunk` patches at a time, which
+    bounds the memory under torch.no_grad.
     """
 
     def __init__(self, backbone, per_side, scale, size=None, chunk=256):
@@ -425,8 +423,8 @@ class BagOfPatches(nn.Module):
 #
 # Everything random is a function of the seed and the step: each process draws the numbers of the whole batch and keeps
 # those of its own images. So the patches do not depend on the number of processes, and a resumed run draws the same
-# images, crops and augmentations as one never stopped. What is not defined above is in *Images*, *Processes* and *The
-# run*; RANK counts the WORLD_SIZE processes from 0.
+# images, crops and augmentations as an uninterrupted one. RANK is this process's rank among WORLD_SIZE processes; what
+# else is not defined above is in *Images*, *Processes* and *The run*.
 
 
 def training_views(images, u, config):
@@ -443,39 +441,39 @@ def training_views(images, u, config):
 def train(config, device):
     """Pretrain as `config` says; `config.out` gets log.jsonl, checkpoint.pt and backbone.pt."""
     checkpoint = find_checkpoint(config)  # in config.out, or None
-    images, labels = training_images(config, device)  # uint8 (N, 3, S, S); int64 (N,), or None: only to watch it learn
+    images, labels = training_images(config, device)  # uint8 (N, 3, S, S); int64 (N,) or None, for the online probe
     torch.manual_seed(config.seed)
     encoder = Encoder(config.arch, config.stem_stride, config.projector)
     if config.arch == "patchnet":
         encoder.backbone.whiten.weight.copy_(whitening_filters(images))
     encoder.to(device, memory_format=torch.channels_last)
-    weights = [p for p in encoder.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in weights if p.ndim > 1]},
-              {"params": [p for p in weights if p.ndim == 1], "weight_decay": 0.0}]  # of normalisation
+    parameters = [p for p in encoder.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in parameters if p.ndim > 1]},
+              {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}]  # of the normalisation
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay,
                                 fused=True)
-    model, make_views = parallelize_and_compile(encoder, training_views, config, device)
+    model, views = parallelize_and_compile(encoder, training_views, config, device)
 
     B, V, b = config.batch_size, config.num_patches, config.batch_size // WORLD_SIZE
-    mine = slice(RANK * b, (RANK + 1) * b)  # the rows of a batch that are this process's
+    rows = slice(RANK * b, (RANK + 1) * b)  # this process's share of a batch
     steps = config.epochs * (len(images) // B)
-    with Run(config, device, encoder, optimizer, steps, checkpoint, labels) as run:  # from the checkpoint on, if any
-        for step, batch, classes in batches(images, labels, config, mine, device, run.start, steps):
-            u = torch.rand(B, V, 11, generator=generator_for(config.seed, "patches", step))[mine]
-            x = make_views(batch, u.to(device), config)  # (b V, 3, s, s)
+    with Run(config, device, encoder, optimizer, steps, checkpoint, labels) as run:  # resumes from the checkpoint
+        for step, batch, classes in batches(images, labels, config, rows, device, run.start, steps):
+            u = torch.rand(B, V, 11, generator=generator_for(config.seed, "patches", step))[rows]
+            x = views(batch, u.to(device), config)  # (b V, 3, s, s)
             with autocast(device):
                 h, z = model(x)  # (b V, D), (b V, D')
             z = gather(z.unflatten(0, (-1, V)))  # (B, V, D')
             loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
                                       rank=RANK, world_size=WORLD_SIZE)
             optimizer.zero_grad()
-            loss.backward()  # `gather` sums over processes and DDP divides: the gradient of the whole batch's loss
-            norm = nn.utils.clip_grad_norm_(weights, config.clip)  # the norm before clipping
+            loss.backward()  # `gather` sums gradients over processes, DDP averages: that is the whole batch's gradient
+            norm = nn.utils.clip_grad_norm_(parameters, config.clip)  # the norm before clipping
             warmup = min(1, (step + 1) / (config.warmup * steps + 1))
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * warmup * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.step()
-            run.after_step(step, loss, terms, norm, h, classes)  # every tenth: check numbers, log, save, obey signals
+            run.after_step(step, loss, terms, norm, h, classes)  # every tenth: check for nan, log, save, obey signals
         run.finish()
 
 
@@ -491,17 +489,17 @@ TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL1
 def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0):
     """Load a set of images: uint8 (N, 3, image_size, image_size) and labels int64 (N,), or None without labels.
 
-    split: "pretrain" (labels may be missing), "train" or "test". Without `data`, dataset "demo" is generated, and
-    others are looked for in the folder data/DATASET. With `data` they are looked for in its subfolder DATASET, or
-    if it has none in `data` itself. Such a folder holds torchvision's files of `dataset` (downloaded if no `data`
-    is given), or train/ with val/ or test/, each with class folders, or, for pretraining, images at any depth.
-    Raises UserError if there are none, or naming the files that are broken.
+    split: "pretrain" (labels may be missing), "train" or "test". Without `data`, the dataset "demo" is generated, and
+    others are read from the folder data/DATASET; with `data`, from DATA/DATASET if it exists, else from DATA. The
+    folder holds torchvision's files of the dataset (downloaded if no `data` is given), or train/ and val/ or test/
+    with a subfolder for each class, or, for pretraining, images at any depth. Raises UserError if there are none,
+    or if some are broken.
     """
     found = [find_images(dataset, data, split, image_size, cache, seed) if LOCAL_RANK == 0 else None]
     if dist.is_initialized():  # a million files are listed once per node, not by every process
         node, _ = dist.new_subgroups(LOCAL_WORLD_SIZE, backend="gloo", timeout=timedelta(days=1))
         dist.broadcast_object_list(found, RANK - LOCAL_RANK, node)
-    (pixels, labels, *_), source = found[0]
+    (pixels, labels), source = found[0]
     images = torch.from_numpy(np.load(pixels, mmap_mode="c") if isinstance(pixels, Path) else pixels)  # c: writable
     if images.shape[-1] != image_size:
         images = torch.cat([torchvision.transforms.functional.resize(block, [image_size, image_size])
@@ -512,27 +510,27 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
 
 
 def find_images(dataset, data, split, image_size, cache, seed):
-    """What `load_images` describes: (pixels, or the path of the file that holds them, and labels), and their source."""
+    """Find the images for `load_images`: ((pixels or the path of a .npy file, labels), a name for their source)."""
     folder, name = Path(data or "data"), TORCHVISION_SETS.get(dataset)
     if not data or (folder / dataset).is_dir():
         folder = folder / dataset
     if dataset == "demo" and not data:
         seeds = seed, list(DEMO_COUNTS).index(split)  # each split has random numbers of its own
-        return demo_images(DEMO_COUNTS[split], image_size, seeds), "the demo"
-    if found := name and load_torchvision(name, folder, split):
+        return demo_images(DEMO_COUNTS[split], image_size, seeds)[:2], "the demo"
+    if name and (found := load_torchvision(name, folder, split)):
         return found, f"{name}, torchvision's files in {folder}"
     if found := load_folder(folder, split, image_size, cache):
         return found, folder
     if name and not data:
         return load_torchvision(name, folder, split, download=True), f"{name}, downloaded to {folder}"
     looked = f"{name} as torchvision keeps it, " if name else ""
-    raise UserError(f"no images in {folder} (looked for {looked}train/ with class folders, and at any depth "
+    raise UserError(f"no images in {folder} (looked for {looked}train/ with class folders, and at any depth for "
                     f"{' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}); name another folder with --data, or "
                     f"use --preset demo, which needs none")
 
 
 def load_torchvision(name, folder, split, download=False):
-    """One of torchvision's sets: uint8 (N, 3, S, S), labels (N,); None if it is not there, nor to be downloaded."""
+    """One of torchvision's sets: uint8 (N, 3, S, S), labels (N,); None if it is missing and not to be downloaded."""
     which = {"train": split != "test"}
     if name == "STL10":
         which = {"split": "train+unlabeled" if split == "pretrain" else split}
@@ -548,7 +546,7 @@ def load_torchvision(name, folder, split, download=False):
 
 
 def load_folder(folder, split, size, cache=""):
-    """The path of a folder's decoded images, and labels (N,) or None; None if it holds none."""
+    """(The path of a folder's decoded images, labels (N,) or None), or None if the folder holds no images."""
     if not folder.is_dir():
         return None
     train, test = folder / "train", folder / ("val" if (folder / "val").is_dir() else "test")
@@ -556,14 +554,14 @@ def load_folder(folder, split, size, cache=""):
     found = torchvision.datasets.folder.make_dataset(  # at any depth
         str(chosen), {".": 0}, torchvision.datasets.folder.IMG_EXTENSIONS, allow_empty=True)
     names, labels = sorted(os.path.relpath(path, chosen) for path, _ in found), None
-    names = [name for name in names if f"{os.sep}." not in os.sep + name]  # without hidden ones
+    names = [name for name in names if f"{os.sep}." not in os.sep + name]  # skip hidden files and folders
     classes = sorted(path.name for path in train.glob("[!.]*") if path.is_dir())
-    its_classes = [name.split(os.sep)[0] for name in names]
-    if names and set(its_classes) <= set(classes):
-        labels = np.searchsorted(classes, its_classes)
+    class_names = [name.split(os.sep)[0] for name in names]
+    if names and set(class_names) <= set(classes):
+        labels = np.searchsorted(classes, class_names)
     elif split != "pretrain":
-        raise UserError(f"{folder} has no labels to probe: its images must lie in class folders, the same ones "
-                        f"in train/ and in val/ or test/")
+        raise UserError(f"{folder} has no labels, which a probe needs: its images must lie in class folders, the same "
+                        f"ones in train/ and in val/ or test/")
     elif not names:
         return None
     return decode_folder(chosen, names, size, Path(cache or folder / ".bagssl")), labels
@@ -573,9 +571,9 @@ def decode_image(path, size):
     """Read, resize the short side to `size`, centre-crop: uint8 (3, size, size)."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, which convert() would clip, not scale
+        if image.mode.startswith("I"):  # 16 bits, which convert() would clip instead of scale
             image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
-        if "A" in image.getbands() or "transparency" in image.info:  # convert() would show transparent pixels
+        if "A" in image.getbands() or "transparency" in image.info:  # convert() would just drop the alpha
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = torchvision.transforms.functional.resize(image.convert("RGB"), size)
@@ -589,11 +587,12 @@ def decode_folder(folder, names, size, cache):
     sizes and times: a changed folder is decoded anew. Raises UserError naming every file that cannot be used.
     """
     paths = [folder / name for name in names]
-    stats = [path.stat() if path.exists() else path.lstat() for path in paths]  # lstat: of a broken link
+    stats = [path.stat() if path.exists() else path.lstat() for path in paths]  # lstat for broken links
     listing = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)])
     path = cache / f"{folder.name}-{size}px-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
-    unfinished = cache / f".{uuid.uuid4().hex}.npy"  # another node may be decoding the same folder
-    shape, broken, progress = (len(names), 3, size, size), [], Progress()
+    unfinished = cache / f".{uuid.uuid4().hex}.npy"  # a name of its own, as another node may be decoding too
+    shape = (len(names), 3, size, size)
+    broken, progress = [], Progress()
 
     def decode(i):
         try:
@@ -604,11 +603,11 @@ def decode_folder(folder, names, size, cache):
     try:
         if not path.exists():
             cache.mkdir(parents=True, exist_ok=True)
-            if shutil.disk_usage(cache).free < math.prod(shape):  # writing to a map of a full disk would be a crash
+            if shutil.disk_usage(cache).free < math.prod(shape):  # a full disk would crash writes to a memory map
                 raise OSError(f"it needs {math.prod(shape) / 1e9:.1f} GB")
             pixels = np.lib.format.open_memmap(unfinished, "w+", np.uint8, shape)
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                for block in np.array_split(np.arange(len(names)), len(names) // 1024 + 1):  # to bound memory
+                for block in np.array_split(np.arange(len(names)), len(names) // 1024 + 1):  # few futures at a time
                     list(pool.map(decode, block))
                     if progress.due(last=block[-1] + 1 == len(names)):
                         print(f"decoding {folder}: {block[-1] + 1:,} of {len(names):,} images", flush=True)
@@ -616,7 +615,7 @@ def decode_folder(folder, names, size, cache):
                 raise UserError(f"{len(broken)} of {len(names)} images in {folder} cannot be used: "
                                 f"{', '.join(sorted(broken))}; remove or replace them")
             pixels.flush()
-            if not path.exists():  # else another process was faster, and its file is in use
+            if not path.exists():  # else another node was faster, and its file may be in use
                 unfinished.rename(path)
     except OSError as error:
         raise UserError(f"cannot write decoded images to {cache} ({error}); give another --cache") from error
@@ -634,12 +633,12 @@ def training_images(config, device):
                         f"smaller --batch-size")
     fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2
     images = images.to(device) if fits else images
-    labels = None if labels is None or labels.min() < 0 else labels.to(images.device)  # -1: STL-10's without a label
+    labels = None if labels is None or labels.min() < 0 else labels.to(images.device)  # -1: STL-10's unlabelled images
     return images, labels
 
 
 def batches(images, labels, config, rows, device, start, steps):
-    """Yield each step from `start` on, this process's images of it and their labels; threads read ahead."""
+    """Yield (step, this process's images, their labels) from step `start` on; threads prefetch one batch."""
     N, B, to_gpu = len(images), config.batch_size, device.type == "cuda" and not images.is_cuda
 
     @functools.lru_cache(maxsize=1)
@@ -649,10 +648,10 @@ def batches(images, labels, config, rows, device, start, steps):
     def read(step):
         epoch, batch = divmod(step, N // B)  # an epoch's last, incomplete batch is left out
         indices = order(epoch)[batch * B:(batch + 1) * B][rows]
-        with torch.cuda.device(device if to_gpu else -1):  # a new thread would occupy memory on the first GPU
+        with torch.cuda.device(device if to_gpu else -1):  # threads default to the first GPU
             chosen = images.new_empty(len(indices), *images.shape[1:], pin_memory=to_gpu)
-        parts = 1 if images.is_cuda else 16  # so that a disk has several reads at hand
-        list(readers.map(lambda its_indices, out: torch.index_select(images, 0, its_indices, out=out),
+        parts = 1 if images.is_cuda else 16  # a disk reads several at once
+        list(readers.map(lambda some, out: torch.index_select(images, 0, some, out=out),
                          indices.chunk(parts), chosen.chunk(parts)))
         return chosen.to(device, non_blocking=to_gpu), None if labels is None else labels[indices].to(device)
 
@@ -666,8 +665,8 @@ def batches(images, labels, config, rows, device, start, steps):
 # ----------------------------------------------------------------------------------------------------------------------
 # The demo's images
 #
-# Generated, so that the truth is known. An image is a grid of 5 x 5 cells, each holding one of 24 types of part: 6
-# families (gratings, checks, rings, spokes, polygons, meshes) in 4 levels of detail. A class is one family in all
+# Generated, so that the ground truth is known. An image is a grid of 5 x 5 cells, each holding one of 24 types of part:
+# 6 families (gratings, checks, rings, spokes, polygons, meshes) in 4 levels of detail. A class is one family in all
 # levels, or one level in all families: 6 + 4 classes. So a single part is ambiguous between two classes, and only the
 # mix of parts tells the class. Colour, contrast, angle, phase and noise are independent of it.
 
@@ -676,11 +675,11 @@ DEMO_COUNTS = {"pretrain": 16_000, "train": 1_000, "test": 2_000}
 
 
 def demo_probabilities():
-    """p(part | class), float64 (10, 24): uniform over the class's 4 or 6 parts, with 1 cell in 20 from any."""
+    """p(part | class), float64 (10, 24): uniform over the class's 4 or 6 parts; 1 cell in 20 is drawn from all."""
     parts = np.arange(24).reshape(6, 4)  # families by levels
     p = np.full((10, 24), 0.05 / 24)
-    for label, its_parts in enumerate([*parts, *parts.T]):
-        p[label, its_parts] += 0.95 / len(its_parts)
+    for label, own in enumerate([*parts, *parts.T]):
+        p[label, own] += 0.95 / len(own)
     return p
 
 
@@ -715,7 +714,7 @@ def demo_images(count, image_size, seed):
     rng, side = np.random.default_rng(seed), image_size // DEMO_CELLS
     labels = rng.integers(10, size=count)
     cumulative = demo_probabilities().cumsum(1)[labels][:, None, None]  # (N, 1, 1, 24)
-    parts = (rng.random((count, DEMO_CELLS, DEMO_CELLS, 1)) > cumulative[..., :-1]).sum(-1)  # (N, 5, 5)
+    parts = (rng.random((count, DEMO_CELLS, DEMO_CELLS, 1)) > cumulative[..., :-1]).sum(-1)  # by the inverse CDF
     cells = np.empty((*parts.shape, 3, side, side), np.uint8)
     for part in range(24):
         cells[parts == part] = render_part(part, side, rng, (parts == part).sum())
@@ -737,7 +736,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 class Gather(torch.autograd.Function):
-    """Forward: all-gather, every process's rows, concatenated. Backward: reduce-scatter, the sum of their gradients."""
+    """Forward: all-gather the rows of all processes. Backward: reduce-scatter, the sum of their gradients."""
 
     @staticmethod
     def forward(ctx, x):
@@ -760,7 +759,7 @@ def gather(x):
 class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm1d or 2d with statistics over the batches of all processes, which must be equally large.
 
-    torch's SyncBatchNorm refuses CPUs, and in every layer waits for the GPU and breaks a compiled graph.
+    torch's SyncBatchNorm does not support CPUs; in every layer it waits for the GPU and breaks a compiled graph.
     """
 
     def _check_input_dim(self, x):
@@ -770,17 +769,17 @@ class BatchNorm(nn.BatchNorm2d):
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         with torch.no_grad():
-            wide = x.to(self.weight.dtype)  # bfloat16 has too few digits for statistics
+            wide = x.to(self.weight.dtype)  # bfloat16 is too coarse for statistics
             var, mean = torch.var_mean(wide, [axis for axis in range(x.ndim) if axis != 1], correction=0)
             means, variances = gather(torch.stack([mean, var])[None]).unbind(1)  # (world size, C)
             mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
             count = dist.get_world_size() * x.numel() // x.shape[1]
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
-        return Normalize.apply(x, mean, var, self.weight, self.bias, self.eps)
+        return NormalizeBatch.apply(x, mean, var, self.weight, self.bias, self.eps)
 
 
-class Normalize(torch.autograd.Function):
+class NormalizeBatch(torch.autograd.Function):
     """weight (x - mean) / sqrt(var + eps) + bias, where mean and var are those of x over all processes."""
 
     @staticmethod
@@ -796,18 +795,18 @@ class Normalize(torch.autograd.Function):
             gradient, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True])
         sums = torch.stack(totals)  # of gradient * (x - mean) / sqrt(var + eps), and of gradient
         dist.all_reduce(sums)
-        # The gradient through mean and var is affine in the normalised x, which F.batch_norm computes too.
+        # The gradient through mean and var is scale * normalised x + shift, which F.batch_norm computes.
         scale, shift = sums * weight * (var + ctx.eps).rsqrt() * x.shape[1] / (dist.get_world_size() * x.numel())
         return x_gradient - F.batch_norm(x, mean, var, scale, shift, eps=ctx.eps), None, None, *totals, None
 
 
 def parallelize_and_compile(encoder, views, config, device):
-    """The encoder and `views` as training calls them: under DDP, and compiled if the config says so."""
+    """The encoder and `views` as training calls them: the encoder under DDP, both compiled if the config says so."""
     if WORLD_SIZE > 1:
         encoder = nn.parallel.DistributedDataParallel(  # starts all processes with the first one's weights
             encoder, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    if config.compile == "yes" or config.compile == "auto" and device.type == "cuda":
-        encoder, views = torch.compile(encoder), torch.compile(views)  # DDP too: it still communicates during backward
+    if config.compile == "yes" or (config.compile == "auto" and device.type == "cuda"):
+        encoder, views = torch.compile(encoder), torch.compile(views)  # around DDP, which overlaps its communication
     return encoder, views
 
 
@@ -828,7 +827,7 @@ def start_process(name):
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TensorFloat-32, above all for the loss
     if WORLD_SIZE > 1:
-        # torchrun --max-restarts keeps its store: without a prefix, a restart would find the old processes' addresses.
+        # torchrun --max-restarts keeps its store: the prefix hides the addresses of the processes before the restart.
         store, *_ = next(dist.rendezvous("env://"))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=RANK,
                                 world_size=WORLD_SIZE, store=dist.PrefixStore(
@@ -857,7 +856,7 @@ def generator_for(seed, purpose, index):
 # ----------------------------------------------------------------------------------------------------------------------
 # The run: its folder (log.jsonl, checkpoint.pt, backbone.pt), what it prints, how it ends
 
-LOOK_EVERY = 10  # steps; in between nothing waits for the device
+LOG_EVERY = 10  # steps; in between nothing waits for the device
 
 
 class OnlineProbe(nn.Module):
@@ -869,7 +868,7 @@ class OnlineProbe(nn.Module):
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     def forward(self, h, labels):
-        """Learn from the whole batch; return the percentage of its labels predicted before that, a tensor.
+        """Return the accuracy on the whole batch, a tensor, in per cent; then learn from it.
 
         h: (b, V, D), this process's embeddings; labels: (b,). An image is represented by the mean of its V.
         """
@@ -882,23 +881,22 @@ class OnlineProbe(nn.Module):
 
 
 class Run:
-    """A run of training and its folder. It resumes an interrupted run; `after_step` is its part of each step."""
+    """Resumes, logs and saves a run of training; `after_step` is called after every step."""
 
     def __init__(self, config, device, encoder, optimizer, steps, checkpoint, labels=None):
-        self.config, self.encoder, self.optimizer, self.steps, self.probe = config, encoder, optimizer, steps, None
+        self.config, self.encoder, self.optimizer, self.steps = config, encoder, optimizer, steps
+        self.out, self.start, self.probe = Path(config.out), 0, None
+        self.state = {"encoder": encoder, "optimizer": optimizer}  # what a checkpoint holds
         if labels is not None and labels.max() > 0:  # more than one class
             self.probe = OnlineProbe(encoder.backbone.width, int(labels.max()) + 1).to(device)
-        self.out, self.start, path = Path(config.out), 0, Path(config.out) / "log.jsonl"
-        lines = [json.dumps({"step": 0, "config": dataclasses.asdict(config)}) + "\n"]
+            self.state |= {"probe": self.probe, "probe_optimizer": self.probe.optimizer}
+        log, lines = self.out / "log.jsonl", [json.dumps({"step": 0, "config": dataclasses.asdict(config)}) + "\n"]
         if checkpoint:
             self.start = checkpoint["step"]
-            encoder.load_state_dict(checkpoint["encoder"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            if self.probe:
-                self.probe.load_state_dict(checkpoint["probe"][0])
-                self.probe.optimizer.load_state_dict(checkpoint["probe"][1])
-            if RANK == 0 and path.exists():  # later lines will be written again
-                lines = [line for line in path.read_text().splitlines(keepends=True)
+            for name in self.state.keys() & checkpoint.keys():
+                self.state[name].load_state_dict(checkpoint[name])
+            if RANK == 0 and log.exists():  # later steps are repeated, and logged again
+                lines = [line for line in log.read_text().splitlines(keepends=True)
                          if line.endswith("}\n") and json.loads(line)["step"] <= self.start]
         if RANK == 0:
             side = config.patch_size or patch_side(config.image_size, config.image_size, config.patch_scale[0])
@@ -908,62 +906,55 @@ class Run:
                   f"{'bfloat16' if has_bf16(device) else 'float32'}, processes: {WORLD_SIZE}\n"
                   f"run:     {config.out} (preset {config.preset}), {state} {steps:,} steps of {config.batch_size} "
                   f"images, {config.num_patches} patches of {side} x {side} each", flush=True)
-            save_atomically(path, "".join(lines).encode())
-            self.log, self.progress, self.warned = open(path, "a", buffering=1), Progress(delay=0), False
-        self.sums, self.looked, self.signals = 0, self.start, []
+            save_atomically(log, "".join(lines).encode())
+            self.log, self.progress, self.warned = open(log, "a", buffering=1), Progress(delay=0), False
+        self.sums, self.logged, self.signals = 0, self.start, []
         self.begun = self.saved = time.monotonic()
 
-    def __enter__(self):
-        self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+    def __enter__(self):  # signals are only recorded, however often they come: torchrun repeats Ctrl-C
+        self.handlers = {number: signal.signal(number, lambda number, _: self.signals.append(number))
+                         for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def note(self, number, _):
-        """Remember a signal for the next look. Repeated ones are ignored, since torchrun forwards Ctrl-C again."""
-        if RANK == 0 and not self.signals:
-            os.write(2, f"stopping within {LOOK_EVERY} steps, after a checkpoint; Ctrl-\\ stops at once\n".encode())
-        self.signals.append(number)
-
     def after_step(self, step, loss, terms, norm, h, labels):
-        """Add up a step's numbers; every tenth step check and log their means, save if it is time, obey a signal."""
-        numbers = {"loss": loss.detach(), **terms, "gradient_norm": norm, "clipped": (norm > self.config.clip).float()}
+        """Add up a step's metrics; every tenth step check and log their means, save if it is time, obey a signal."""
+        metrics = {"loss": loss.detach(), **terms, "gradient_norm": norm, "clipped": (norm > self.config.clip).float()}
         if self.probe:
-            numbers["probe_top1"] = self.probe(h.unflatten(0, (-1, self.config.num_patches)), labels)
-        self.sums = self.sums + torch.stack([*numbers.values()])
+            metrics["probe_top1"] = self.probe(h.unflatten(0, (-1, self.config.num_patches)), labels)
+        self.sums = self.sums + torch.stack([*metrics.values()])
         done, last = step + 1, step + 1 == self.steps
-        if done % LOOK_EVERY and not last:
+        if done % LOG_EVERY and not last:
             return
         save_due = RANK == 0 and time.monotonic() - self.saved > 60 * self.config.save_every
         flags = torch.tensor([len(self.signals), save_due], dtype=torch.float32, device=loss.device)
-        totals = torch.cat([self.sums / (done - self.looked), flags])
+        totals = torch.cat([self.sums / (done - self.logged), flags])
         if WORLD_SIZE > 1:  # so that all processes decide alike
             dist.all_reduce(totals)
-        *means, stop, due = (totals / WORLD_SIZE).tolist()  # the last two are not 0 if any process says so
-        means = dict(zip(numbers, means))
+        *means, stop, due = (totals / WORLD_SIZE).tolist()  # stop and due: not 0 if any process says so
+        means = dict(zip(metrics, means))
         if not math.isfinite(means["loss"] + means["gradient_norm"]):
             raise FloatingPointError(
-                f"the loss or its gradient is not finite in steps {self.looked + 1} to {done} (inv {means['inv']:.3g}, "
+                f"the loss or its gradient is not finite in steps {self.logged + 1} to {done} (inv {means['inv']:.3g}, "
                 f"var {means['var']:.3g}, cov {means['cov']:.3g}, gradient norm {means['gradient_norm']:.3g}); what "
                 f"was saved before is untouched. Try a lower --lr with another --out")
-        self.sums, self.looked = 0, done
+        self.sums, self.logged = 0, done
         if RANK == 0:
             self.report(done, means, h)
         if last or stop or due:
-            self.save("checkpoint.pt", {
-                "config": dataclasses.asdict(self.config), "step": done, "encoder": self.encoder.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "probe": self.probe and (self.probe.state_dict(), self.probe.optimizer.state_dict())})
+            self.save("checkpoint.pt", {"config": dataclasses.asdict(self.config), "step": done,
+                                        **{name: part.state_dict() for name, part in self.state.items()}})
             self.saved = time.monotonic()
         if stop and not last:
             if RANK == 0:
-                print(f"stopped after step {done} of {self.steps} and saved; the same command continues", flush=True)
+                print(f"stopped after step {done} of {self.steps} and saved; the same command continues it", flush=True)
             sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
 
     def report(self, done, means, h):
-        """Add a line to log.jsonl; at times with the effective rank and the speed, and printed."""
+        """Add a line to log.jsonl; every ten seconds with the effective rank and the speed, and printed."""
         entry = {"step": done, **means, "lr": self.optimizer.param_groups[0]["lr"]}
         if self.progress.due(last=done == self.steps):
             seconds, effective = (time.monotonic() - self.begun) / (done - self.start), effective_rank(h)  # per step
@@ -977,11 +968,11 @@ class Run:
             if effective < 2 and done > self.config.warmup * self.steps and not self.warned:
                 self.warned = True
                 print(f"warning: the embeddings have collapsed to effective rank {effective:.1f} at step {done}: start "
-                      f"again with a lower --lr or a larger --cov-weight, and another --out", file=sys.stderr)
+                      f"again with a lower --lr or --inv-weight, and another --out", file=sys.stderr)
         self.log.write(json.dumps(entry) + "\n")
 
     def save(self, name, content):
-        """Write a file on the first process while the others wait: when one ends, torchrun ends those still writing."""
+        """Write a file on the first process; the others wait, since torchrun ends the writer when another ends."""
         if RANK == 0:
             save_atomically(self.out / name, content)
         if WORLD_SIZE > 1:
@@ -1010,7 +1001,7 @@ class Progress:
 
 
 def effective_rank(h):
-    """exp of the entropy of the singular values of centred h (N, D): 1 when collapsed, at most min(N - 1, D)."""
+    """exp of the entropy of the normalised singular values of centred h (N, D): from 1, collapsed, to min(N - 1, D)."""
     h = h.detach()[:1024].float().cpu()  # not every device has eigvalsh
     h = h - h.mean(0)
     squares = torch.linalg.eigvalsh(h.T @ h if len(h) > h.shape[1] else h @ h.T)  # far cheaper than an SVD
@@ -1019,7 +1010,7 @@ def effective_rank(h):
 
 
 def find_checkpoint(config):
-    """The last checkpoint of the run in config.out, None if it has none yet. The first process reads it for all."""
+    """The checkpoint of the run in config.out, or None. The first process reads it and broadcasts it."""
     out, found = Path(config.out), [None]
     if RANK == 0 and (out / "checkpoint.pt").exists():
         found = [load_checkpoint(out / "checkpoint.pt")]
@@ -1037,7 +1028,7 @@ def find_checkpoint(config):
 
 
 def save_atomically(path, content):
-    """Save bytes, or what torch.save takes, under another name, flush, rename: `path` never holds half of it."""
+    """Save bytes, or what torch.save takes, in a temporary file; fsync, rename: `path` never holds half of it."""
     unfinished = path.with_name(f".{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1046,24 +1037,24 @@ def save_atomically(path, content):
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-    except (OSError, RuntimeError) as error:  # torch.save tells of a full disk by a RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         if unfinished.is_file():
             unfinished.unlink()
         raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); make room there, or give another --out. "
-                        f"What was saved before is whole") from error
+                        f"What was saved before is intact") from error
 
 
 def load_checkpoint(path):
-    """Read a checkpoint.pt: a dict of config, encoder, optimizer, step. No code in the file is run.
+    """Read a checkpoint.pt: a dict of config, step, encoder, optimizer and, with labels, probe and probe_optimizer.
 
-    Raises UserError if it is missing, damaged, or of another program or version.
+    No code in the file is run. Raises UserError if it is missing, damaged, or of another program or version.
     """
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}; train one with bagssl.py, which prints where it saves")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch raises on a damaged or foreign file
-        raise UserError(f"{path} is damaged or no checkpoint ({type(error).__name__} on reading it); "
+        raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__} on reading it); "
                         f"give a checkpoint.pt that bagssl.py wrote") from error
     if (not isinstance(checkpoint, dict) or not {"config", "encoder", "optimizer", "step"} <= checkpoint.keys()
             or not checkpoint["config"].keys() <= Config.__dataclass_fields__.keys()):
@@ -1093,7 +1084,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse_config(argv=None):
     """The Config of a command line: defaults, overridden by the preset, overridden by the flags."""
-    comments = dict(re.findall(r"^    (\w+): [^#]*# (.*)$", inspect.getsource(Config), re.M))
+    comments = dict(re.findall(r"^    (\w+): [^#]*# (.*)$", inspect.getsource(Config), re.M))  # as help
     choices = {"preset": PRESETS, "arch": ("patchnet", "resnet18", "resnet34", "resnet50"), "stem_stride": (1, 2, 4),
                "compile": ("auto", "yes", "no")}
     parser = Parser(prog="bagssl.py", description=__doc__.partition("\n")[0], allow_abbrev=False,
@@ -1127,26 +1118,23 @@ def check_config(c, processes):
                         f"resize to, not {' '.join(map(str, c.patch_scale))}")
     side = c.patch_size or patch_side(c.image_size, c.image_size, low)
     if side < 3:
-        raise UserError(f"patches must have 3 pixels or more, not {side}; give a larger --patch-scale or --patch-size")
-    if c.arch == "patchnet" and c.stem_stride == 4:
-        raise UserError("--stem-stride 4 is for the resnets; patchnet takes 1 or 2")
+        raise UserError(f"patches must be at least 3 pixels wide, not {side}; raise --patch-scale or --patch-size")
     if c.batch_size % processes:
         raise UserError(f"--batch-size {c.batch_size} cannot be divided among {processes} processes")
 
 
 def run_cli(main):
-    """Call main(). An error that a person can fix becomes one sentence on stderr and exit code 2; divergence, 1."""
+    """Call main(). An error that a person can fix becomes one sentence on stderr and exit code 2, divergence code 1."""
     try:
         main()
     except (UserError, FloatingPointError, RuntimeError, MemoryError) as error:
-        sentence = str(error)
+        sentence, _, _ = str(error).partition("\n")
         if not isinstance(error, (UserError, FloatingPointError)):
-            if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", sentence):
+            if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
                 raise
-            first_line = sentence.partition("\n")[0]
-            sentence = f"out of memory ({first_line}); give a smaller --batch-size or --num-patches"
+            sentence = f"out of memory ({sentence}); give a smaller --batch-size or --num-patches"
         if LOCAL_RANK > 0:
-            time.sleep(5)  # mostly the first process has the same error: once it has told, torchrun ends this one
+            time.sleep(5)  # the first process mostly has the same error: once it has ended, torchrun ends this one
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except KeyboardInterrupt:

@@ -674,7 +674,7 @@ def test_a_resnets_backbone_is_torchvisions(tiny_run, tmp_path, in_process):
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tiny_run, tmp_path, in_process, monkeypatch):
-    monkeypatch.setattr(bagssl, "LOOK_EVERY", 1)
+    monkeypatch.setattr(bagssl, "LOG_EVERY", 1)
     in_process(*tiny(tiny_run, tmp_path), "--epochs", 10, "--lr", 1e-3, "--warmup", 0.3)
     rates = [json.loads(line)["lr"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()[1:]]
     assert rates == pytest.approx([1e-3 * min(1, (i + 1) / 10) * math.cos(math.pi * i / 60) ** 2 for i in range(30)])
@@ -696,7 +696,7 @@ KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 import bagssl
-bagssl.LOOK_EVERY = 1
+bagssl.LOG_EVERY = 1
 out, kills = Path(sys.argv[sys.argv.index("--out") + 1]), 0
 random.seed(0)
 def written():
@@ -824,7 +824,7 @@ def test_too_little_memory_is_a_sentence(tiny_run, tmp_path, monkeypatch, refuse
 
 
 def test_collapse_is_warned_of_once(tiny_run, tmp_path, monkeypatch, capsys, in_process):
-    monkeypatch.setattr(bagssl, "LOOK_EVERY", 1)
+    monkeypatch.setattr(bagssl, "LOG_EVERY", 1)
     clock = itertools.count(0, 11.0)  # so that every look is shown
     monkeypatch.setattr(bagssl, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     project = bagssl.Encoder.forward
@@ -1379,8 +1379,7 @@ def test_the_simulation_counts_what_two_processes_send(tmp_path, in_process, cap
     (["--patch-scale", "1.5"], "--patch-scale must be a number from 1e-06 to 1, not 1.5"),
     (["--patch-scale", "0", "1", "--patch-size", "16"], "--patch-scale must be"),
     (["--clip", "0"], "--clip must be a number from 1e-06 to"),
-    (["--stem-stride", "4"], "--stem-stride 4 is for the resnets"),
-    (["--patch-scale", "0.0005"], "patches must have 3 pixels or more, not 2"),
+    (["--patch-scale", "0.0005"], "patches must be at least 3 pixels wide, not 2"),
     (["--patch-scale", "0.2", "0.8"], "--patch-size"),
     (["--patch-scale", "0.8", "0.2", "--patch-size", "16"], "a low and a high one together with a --patch-size"),
     (["--patch-size", "100000"], "--patch-size must be a number from 0 to 1024, not 100000"),
@@ -1495,7 +1494,7 @@ def test_bad_checkpoints(tiny_run, tmp_path, refused):
     assert "1, 4, 9" in refused("--checkpoint", tmp_path / "cut.pt", "--patches", 5, script=eval_linear)
     checkpoint = tiny_run[0] / "run/checkpoint.pt"
     assert "from 1e-06 to 1, not 2" in refused("--checkpoint", checkpoint, "--patch-scale", 2, script=eval_linear)
-    assert "3 pixels or more, not 2" in refused("--checkpoint", checkpoint, "--patch-scale", 0.002, script=eval_linear)
+    assert "at least 3 pixels wide, not 2" in refused("--checkpoint", checkpoint, "--patch-scale", 0.002, script=eval_linear)
     run = tmp_path / "run"
     run.mkdir()
     (run / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])
