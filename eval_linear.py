@@ -3,7 +3,7 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.9", "torchvision>=0.24", "numpy>=1.26"]
 # ///
-"""Probe a BagSSL encoder: how well does the mean of n patch embeddings predict an image's class?
+"""Probe a BagSSL encoder: how well does the mean embedding of a bag of n patches predict an image's class?
 
     python eval_linear.py --checkpoint runs/demo/checkpoint.pt
     torchrun --standalone --nproc_per_node=8 eval_linear.py --checkpoint runs/imagenet/checkpoint.pt --patches 1 4 16 64
@@ -11,10 +11,10 @@
         --patch-size 224
 
 For each n, and for the whole image in one forward pass, it reports the accuracy of a linear probe (softmax regression
-on frozen features) and of a weighted nearest-neighbour vote, on the features as they are and on whitened ones, and adds
-them to eval.jsonl beside the checkpoint. Two controls show how much of it was learned: the same network untrained, and
-raw pixels. The probe's weight decay is chosen on a held-out tenth of the training images; test images serve only for
-the accuracies reported.
+on frozen, standardised features) and of a weighted kNN classifier, on the features as they are and on whitened ones.
+The results are added to eval.jsonl beside the checkpoint. Two controls, the same network untrained and raw pixels, show
+what was not learned. The probe's weight decay is chosen on a held-out tenth of the training images; test images serve
+only for the accuracies reported.
 """
 
 import argparse
@@ -36,22 +36,21 @@ from bagssl import RANK, WORLD_SIZE, BagOfPatches, Encoder, UserError
 # Features
 
 
-class Pixels(torch.nn.Module):
-    """Raw pixels: images (B, 3, H, W), resized to at most 32 x 32, flattened to (B, 3 * side * side)."""
-
-    def forward(self, images):
-        side = min(32, images.shape[-1])
-        return torchvision.transforms.functional.resize(images, [side, side]).flatten(1).float() / 255
+def raw_pixels(images):
+    """Images (B, 3, H, W), resized to a side of at most 32 and flattened: (B, 3 * side * side)."""
+    side = min(32, images.shape[-1])
+    return torchvision.transforms.functional.resize(images, [side, side]).flatten(1).float()
 
 
 @torch.no_grad()
 def embed(embedder, images, device, name="", block=256):
-    """Run an embedder, (B, 3, H, W) -> (B, D), over uint8 images (N, 3, H, W): float32 (N, D), on the CPU.
+    """Embed uint8 images (N, 3, H, W), a block at a time: float32 (N, D), on the CPU.
 
-    Under torchrun each process embeds a part; rank 0 returns all features, the others None.
+    embedder: (B, 3, H, W) -> (B, D), on `device`. Under torchrun each process embeds a part; rank 0 returns
+    all features, the others None.
     """
     part = math.ceil(len(images) / WORLD_SIZE)
-    mine = torch.arange(RANK * part, (RANK + 1) * part).clamp(max=len(images) - 1)  # equally many: the last image again
+    mine = torch.arange(RANK * part, (RANK + 1) * part).clamp(max=len(images) - 1)  # equal parts
     features, progress = [], bagssl.Progress()
     for rows in mine.split(block):
         with bagssl.autocast(device):
@@ -72,24 +71,24 @@ def embed(embedder, images, device, name="", block=256):
 
 
 def fit_linear(features, labels, classes, decays, iterations=100, block=8192):
-    """Softmax regression by L-BFGS: minimise cross entropy + decay / 2 ||W||^2, for several decays at once.
+    """Softmax regression by L-BFGS: minimise cross entropy + (decay / 2) ||W||^2, for several decays at once.
 
-    features: (N, D), standardised and, to converge fast, rotated to their principal axes (see `linear_probe`).
+    features: (N, D), standardised and, for fast convergence, rotated to their principal axes (as by `linear_probe`).
     labels: int64 (N,). Returns (R, D + 1, classes) for R decays; the last row is the bias, not decayed.
     """
     decays = torch.tensor(decays, device=features.device)[:, None, None]
-    # Precondition: at zero the Hessian's diagonal is about mean(x^2) / classes + decay; rescale it to 1.
+    # Diagonal preconditioning: at W = 0 the Hessian's diagonal is about mean(x^2) / classes + decay.
     scale = (features.square().mean(0)[:, None] / classes + decays).rsqrt()  # (R, D, 1)
     scale = F.pad(scale, (0, 0, 0, 1), value=classes ** 0.5)  # the bias: mean(x^2) = 1, no decay
-    scaled = torch.zeros(*scale.shape[:2], classes, device=features.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([scaled], max_iter=iterations, tolerance_change=1e-7, line_search_fn="strong_wolfe")
+    free = torch.zeros(*scale.shape[:2], classes, device=features.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([free], max_iter=iterations, tolerance_change=1e-7, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = (decays / 2 * (scaled * scale)[:, :-1].square()).sum()
+        loss = (decays / 2 * (free * scale)[:, :-1].square()).sum()
         loss.backward()
         for x, y in zip(features.split(block), labels.split(block)):  # bounded memory; one pass for all decays
-            weight = (scaled * scale).transpose(0, 1)  # (D + 1, R, classes)
+            weight = (free * scale).transpose(0, 1)  # (D + 1, R, classes)
             scores = torch.addmm(weight[-1].flatten(), x, weight[:-1].flatten(1)).view(-1, classes)  # (n R, classes)
             part = F.cross_entropy(scores, y.repeat_interleave(len(decays)), reduction="sum") / len(features)
             part.backward()
@@ -97,7 +96,7 @@ def fit_linear(features, labels, classes, decays, iterations=100, block=8192):
         return loss.detach()
 
     optimizer.step(closure)
-    return (scaled * scale).detach()
+    return (free * scale).detach()
 
 
 def top_k(scores, labels, k):
@@ -106,10 +105,10 @@ def top_k(scores, labels, k):
 
 
 def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)):
-    """Accuracy of a linear probe: {"top1", "decay"} and, with more than ten classes, "top5", in per cent.
+    """A linear probe's accuracy in per cent, "top1" and, with more than ten classes, "top5", and its "decay".
 
-    train (N, D), test (M, D): features, standardised here by the training set's mean and deviation. Labels: int64.
-    The decay is the best on a random tenth of the training set, held out; then the probe is fitted to all of it.
+    train (N, D), test (M, D): features, standardised here with the training set's statistics. Labels: int64 (N,), (M,).
+    The decay is chosen on a random tenth of the training set, held out; then the probe is fitted to the whole set.
     Raises UserError on fewer than 10 training images.
     """
     if len(train) < 10:
@@ -123,35 +122,37 @@ def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3
     held, kept = order[:len(order) // 10], order[len(order) // 10:]
     weights = fit_linear(train[kept], train_labels[kept], classes, decays)
     accuracy = [top_k(train[held] @ weight[:-1] + weight[-1], train_labels[held], 1) for weight in weights]
-    best = decays[accuracy.index(max(accuracy))]  # the first, and so the strongest, of equals
+    best = decays[accuracy.index(max(accuracy))]  # of equals the first, which is the strongest
     weight, = fit_linear(train, train_labels, classes, [best])
     scores = test @ weight[:-1] + weight[-1]
-    return {f"top{k}": top_k(scores, test_labels, k) for k in ((1, 5) if classes > 10 else (1,))} | {"decay": best}
+    ks = (1, 5) if classes > 10 else (1,)
+    return {f"top{k}": top_k(scores, test_labels, k) for k in ks} | {"decay": best}
 
 
 def whiten(train, test, epsilon=1e-3):
-    """Rotate features to the training set's principal axes, and divide each by the root of its variance.
+    """PCA-whiten train (N, D) and test (M, D) with the training set's mean and covariance.
 
-    train (N, D), test (M, D). epsilon times the greatest variance is added to all, so that no noise is blown up.
+    epsilon times the largest variance is added to each, so that directions of little variance are not amplified.
     """
     mean = train.mean(0)
-    variances, axes = torch.linalg.eigh(torch.cov((train - mean).T).cpu())  # not every device has eigh
+    variances, axes = torch.linalg.eigh(torch.cov(train.T).cpu())  # not every device has eigh
     axes = (axes / (variances + epsilon * variances[-1]).sqrt()).to(train.device)
     return (train - mean) @ axes, (test - mean) @ axes
 
 
 def knn_probe(train, train_labels, test, test_labels, k=20, temperature=0.07, block=512):
-    """Accuracy, in per cent, of a vote of the k nearest by cosine, weighted by exp(cosine / temperature).
+    """Accuracy, in per cent, of a weighted kNN classifier (Wu et al., 2018, section 3.4).
 
-    Features and labels as for `linear_probe`, not standardised (Wu et al., 2018, section 3.4).
+    The k nearest by cosine vote with weights exp(cosine / temperature). Features and labels as for
+    `linear_probe`, but not standardised.
     """
-    classes, right = int(train_labels.max()) + 1, 0
+    classes, correct = int(train_labels.max()) + 1, 0
     train = F.normalize(train)
     for features, labels in zip(F.normalize(test).split(block), test_labels.split(block)):
         cosine, nearest = (features @ train.T).topk(min(k, len(train)))
         votes = F.one_hot(train_labels[nearest], classes) * (cosine / temperature).exp()[..., None]
-        right += (votes.sum(1).argmax(1) == labels).sum().item()
-    return 100 * right / len(test)
+        correct += (votes.sum(1).argmax(1) == labels).sum().item()
+    return 100 * correct / len(test)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,7 +169,7 @@ def named_tensors(content, name=""):
 
 
 def load_published(path, arch):
-    """The backbone of a ResNet as people publish it: (module in eval mode, its stem's stride, 1 or 4).
+    """Load the backbone of a published ResNet: (the module in eval mode, its stem's stride, 1 or 4).
 
     The tensors are found by the sequence of their shapes, so names and nesting do not matter. If several
     networks match (a momentum encoder, say), the first is taken, and named in a message. A stem of 3 x 3
@@ -179,47 +180,47 @@ def load_published(path, arch):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch raises on a missing, damaged or foreign file
         raise UserError(f"{path} cannot be read ({type(error).__name__}); give a state dict saved by torch") from error
-    tensors = [(name, tensor) for name, tensor in named_tensors(content) if tensor.ndim]  # without num_batches_tracked
+    tensors = [(name, tensor) for name, tensor in named_tensors(content) if tensor.ndim]  # skip num_batches_tracked
+    theirs = [tensor.shape for _, tensor in tensors]
     for stride in (4, 1):
         backbone = bagssl.make_backbone(arch, stride)
-        ours = {name: tensor for name, tensor in backbone.state_dict().items() if tensor.ndim}
-        shapes, theirs = [tensor.shape for tensor in ours.values()], [tensor.shape for _, tensor in tensors]
-        starts = [i for i in range(len(theirs) - len(shapes) + 1) if theirs[i:i + len(shapes)] == shapes]
+        ours = {name: tensor.shape for name, tensor in backbone.state_dict().items() if tensor.ndim}
+        starts = [i for i in range(len(theirs)) if theirs[i:i + len(ours)] == list(ours.values())]
         if starts:
-            found = tensors[starts[0]:starts[0] + len(shapes)]
-            backbone.load_state_dict(dict(zip(ours, (tensor for _, tensor in found))), strict=False)
+            found = (tensor for _, tensor in tensors[starts[0]:])
+            backbone.load_state_dict(dict(zip(ours, found)), strict=False)  # num_batches_tracked is missing
             if len(starts) > 1 and RANK == 0:
-                print(f"{path} holds {len(starts)} networks; the one from {found[0][0]} on is taken, not that from "
-                      f"{', '.join(tensors[i][0] for i in starts[1:])}")
+                print(f"{path} holds {len(starts)} networks; the one from {tensors[starts[0]][0]} on is taken, not "
+                      f"that from {', '.join(tensors[i][0] for i in starts[1:])}")
             return backbone.eval().to(memory_format=torch.channels_last), stride
-    raise UserError(f"{path} holds no {arch}: its {len(tensors)} tensors nowhere have that network's shapes; "
-                    f"is --arch right?")
+    raise UserError(f"{path} holds no {arch}: the shapes of its {len(tensors)} tensors do not match; is --arch right?")
 
 
 def load_model(arguments):
-    """(trained, untrained, config): networks whose `backbone` is probed, on the CPU, and how they see images."""
+    """The trained network, an untrained one (both on the CPU; their `backbone` is probed), and the Config."""
     if arguments.arch:
-        trained = torch.nn.Module()  # in place of an Encoder, which has a projector too
+        trained = torch.nn.Module()  # stands in for an Encoder; there is no projector
         trained.backbone, stride = load_published(arguments.checkpoint, arguments.arch)
-        config = bagssl.Config(dataset="any", arch=arguments.arch, stem_stride=stride, projector=(1, 1, 1))
+        config = bagssl.Config(dataset="", arch=arguments.arch, stem_stride=stride, projector=(1, 1, 1))
     else:
         trained, config = bagssl.load_encoder(arguments.checkpoint)
     for name in ("data", "cache", "image_size", "patch_size"):
         if getattr(arguments, name) is not None:
             setattr(config, name, getattr(arguments, name))
     scale = config.patch_scale if arguments.patch_scale is None else (arguments.patch_scale,)
-    bagssl.check_config(dataclasses.replace(config, patch_scale=scale), processes=1)
+    bagssl.check_config(dataclasses.replace(config, patch_scale=scale), processes=1)  # config keeps the trained scale
     torch.manual_seed(config.seed)
     untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()
-    if config.arch == "patchnet":  # the whitening is not learned: the control has it too
+    if config.arch == "patchnet":  # its whitening layer is computed, not learned: both have it
         untrained.backbone.whiten.load_state_dict(trained.backbone.whiten.state_dict())
     return trained, untrained.to(memory_format=torch.channels_last), config
 
 
 def view_sizes(config, arguments):
-    """How the network sees images: a patch's area fraction, its size or None, and the whole image's size or None.
+    """The scale of patches, their size or None, and the size of the whole image or None.
 
-    A network trained at one scale sees the whole image magnified as its patches are, others at their input size.
+    If patches are resized, a network trained at one scale gets the whole image enlarged by the same factor;
+    multi-scale and published networks get it at the size of a patch.
     """
     low, high = config.patch_scale[0], config.patch_scale[-1]
     scale = (low + high) / 2 if arguments.patch_scale is None else arguments.patch_scale
@@ -237,21 +238,21 @@ def add_arguments(parser):
     """The flags about the network and the images, for this script and .github/claims.py."""
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint.pt of a run of bagssl.py; with --arch, any published ResNet")
-    add("--patches", type=int, nargs="+", default=[1, 4, 16], help="sizes of the bags, square numbers")
-    add("--patch-scale", type=float, help="a patch's fraction of the image's area; default: as trained, or mid-range")
+    add("--patches", type=int, nargs="+", default=[1, 4, 16], help="numbers of patches averaged per image, squares")
+    add("--patch-scale", type=float, help="a patch's fraction of the image's area; default: as trained, mid-range")
     add("--patch-size", type=int, help="side to resize patches to, 0: not resized; default: as trained")
     add("--image-size", type=int, help="side of the images; default: as trained")
-    add("--arch", choices=["resnet18", "resnet34", "resnet50"], help="the checkpoint is another project's, of this "
-        "network: give --data, --image-size and --patch-scale too")
+    add("--arch", choices=["resnet18", "resnet34", "resnet50"], help="network of another project's checkpoint; "
+        "needs --data, --image-size and --patch-scale")
     add("--data", help="folder with the images; default: as trained")
     add("--cache", help="folder for decoded images; default: as trained")
-    add("--train-images", type=int, default=0, help="fit the probes on this many images, drawn at random; 0: all")
-    add("--test-images", type=int, default=0, help="test on this many; 0: all")
+    add("--train-images", type=int, default=0, help="fit the probes on at most this many, drawn at random; 0: all")
+    add("--test-images", type=int, default=0, help="test on at most this many; 0: all")
     add("--device", default="", help="cuda, mps or cpu; default: the best there is")
 
 
 def check_arguments(arguments):
-    """Raise UserError at the first invalid argument; `load_model` checks those that override the config's."""
+    """Raise UserError at the first invalid argument; `load_model` checks those that override the config."""
     wrong = [n for n in arguments.patches if n < 1 or math.isqrt(n) ** 2 != n]
     if wrong:
         raise UserError(f"a bag is a square grid of patches: --patches takes 1, 4, 9, 16, ..., not {wrong[0]}")
@@ -263,9 +264,8 @@ def check_arguments(arguments):
         raise UserError(f"a checkpoint of another project does not say how it was trained: give {', '.join(needed)}")
 
 
-def load_split(config, arguments, split):
-    """The images and labels of a split, as many as the arguments say, drawn at random."""
-    c = config
+def load_split(c, arguments, split):
+    """The images and labels of a split of the config's dataset, or as many as the arguments say, drawn at random."""
     images, labels = bagssl.load_images(c.dataset, c.data, split, c.image_size, c.cache, c.seed)
     if limit := getattr(arguments, f"{split}_images"):
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit]
@@ -274,7 +274,7 @@ def load_split(config, arguments, split):
 
 
 def save_results(arguments, show, **table):
-    """Add a line to eval.jsonl beside the checkpoint: no evaluation replaces another."""
+    """Append a line to eval.jsonl beside the checkpoint."""
     path = Path(arguments.checkpoint).parent / "eval.jsonl"
     earlier = path.read_bytes() if path.exists() else b""
     table = {"show": show, "checkpoint": str(arguments.checkpoint), "torch": torch.__version__, **table}
@@ -295,24 +295,24 @@ def main():
 
     trained, untrained = trained.backbone.to(device), untrained.backbone.to(device)
     sides = sorted({math.isqrt(n) for n in arguments.patches})
-    rows = {f"bag of {side ** 2}" if side > 1 else "one patch, the centre": BagOfPatches(trained, side, scale, size)
-            for side in sides}
-    rows["whole image, one pass"] = BagOfPatches(trained, 1, 1.0, whole_size, chunk=64)
-    control = min(sides, key=lambda side: abs(side - 4))  # nearest to a bag of 16
-    rows[f"untrained, bag of {control ** 2}"] = BagOfPatches(untrained, control, scale, size)
-    rows["raw pixels"] = Pixels()
+    names = [f"bag of {side ** 2}" if side > 1 else "one patch, the centre" for side in sides]
+    embedders = {name: BagOfPatches(trained, side, scale, size) for name, side in zip(names, sides)}
+    embedders["whole image, one pass"] = BagOfPatches(trained, per_side=1, scale=1.0, size=whole_size, chunk=64)
+    control = min(sides, key=lambda side: abs(side ** 2 - 16))  # the bag nearest to 16
+    embedders[f"untrained, bag of {control ** 2}"] = BagOfPatches(untrained, control, scale, size)
+    embedders["raw pixels"] = raw_pixels
 
     results = []
-    # The other processes wait for the first one's probes in a group of their own, since others give up in minutes.
+    # Rank 0 fits the probes while the others wait, which the default group would take for a fault after some minutes.
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if WORLD_SIZE > 1 else None
-    for name, embedder in rows.items():
+    for name, embedder in embedders.items():
         train = embed(embedder, train_images, device, f"{name}, train")
         test = embed(embedder, test_images, device, f"{name}, test")
         if RANK == 0:
-            parts = [part.to(device) for part in (train, train_labels, test, test_labels)]
-            white_train, white_test = whiten(parts[0], parts[2])
-            row = {"features": name, **linear_probe(*parts), "knn": knn_probe(*parts),
-                   "knn_whitened": knn_probe(white_train, parts[1], white_test, parts[3])}
+            train, y, test, test_y = (part.to(device) for part in (train, train_labels, test, test_labels))
+            row = {"features": name, **linear_probe(train, y, test, test_y), "knn": knn_probe(train, y, test, test_y)}
+            train, test = whiten(train, test)
+            row["knn_whitened"] = knn_probe(train, y, test, test_y)
             columns = [f"{key} {row[key]:5.2f} %" for key in ("top1", "top5", "knn", "knn_whitened") if key in row]
             print(f"{name:24}", *columns, sep="  ", flush=True)
             results.append(row)

@@ -1427,7 +1427,7 @@ def test_bad_images(tmp_path, refused, in_process, capsys):
     assert "fewer than one batch of 64" in refused(*photos, "--batch-size", 64)
     assert in_process(*photos) is None  # and a flat folder of photos trains
     assert f"images:  12 (pretrain) from {folder}" in capsys.readouterr().out
-    assert "no labels to probe" in refused("--checkpoint", tmp_path / "run/checkpoint.pt", script=eval_linear)
+    assert "has no labels" in refused("--checkpoint", tmp_path / "run/checkpoint.pt", script=eval_linear)
 
 
 def test_images_that_vanish_or_are_bombs_are_named(tmp_path, monkeypatch):
