@@ -19,9 +19,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image
+from torch.testing import assert_close
 
 import bagssl
 import eval_linear
@@ -72,12 +74,21 @@ def refused(in_process, capsys):
     return run
 
 
-def uniform(*shape, seed=0):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+def uniform(*shape, seed=0, dtype=torch.float32):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def noise(*shape, seed=0):
+    """Images whose pixels are random bytes."""
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
 def coordinates(height, width, batch=1):
-    """Images (B, 2, H, W) int64-valued float64 whose pixels hold their own row and column."""
+    """Images (B, 2, H, W), float64, whose pixels hold their own row and column."""
     grid = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
     return grid.double().expand(batch, -1, -1, -1)
 
@@ -89,25 +100,32 @@ def write_image(path, size=(40, 40), seed=0, **options):
     return pixels
 
 
-# --------------------------------------------------------------------------------------------------
-# Patches
+# ---------------------------------------------------------------------------------------------------------- Patches
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_native_patches_are_the_images_own_pixels(dtype):
-    images = torch.randint(0, 256, (3, 3, 20, 28), generator=torch.Generator().manual_seed(0)).to(dtype)
-    u, side = uniform(3, 50, 3), bagssl.patch_side(20, 28, 0.1)
-    patches = bagssl.crop_patches(images, u, 0.1)
-    assert patches.shape == (3, 50, 3, side, side) and patches.dtype == dtype
+@pytest.mark.parametrize("scale, size", [(0.1, None), (0.2, 16), ((0.05, 0.7), 7), ((0.05, 0.7), 16), ((0.05, 0.7), 40)])
+def test_patches_agree_with_torchvision(dtype, scale, size):
+    """Without a size they are the image's own pixels; scales between two are uniform in area."""
+    images, u = noise(3, 3, 24, 32).to(dtype), uniform(3, 50, 3)
+    patches = bagssl.crop_patches(images, u, scale, size)
+    low, high = np.broadcast_to(scale, 2)
+    tolerance = 0 if size is None else 1 if dtype == torch.uint8 else 0.01
+    assert patches.shape[:2] == (3, 50)
     for b, v in itertools.product(range(3), range(50)):
-        top, left = (int(math.floor(float(u[b, v, axis]) * (extent - side + 1))) for axis, extent in ((0, 20), (1, 28)))
-        assert torch.equal(patches[b, v], images[b, :, top:top + side, left:left + side])
+        down, right, area = u[b, v].tolist()
+        side = round(math.sqrt((low + (high - low) * area) * 24 * 32))
+        top, left = int(down * (24 - side + 1)), int(right * (32 - side + 1))
+        expected = images[b, :, top:top + side, left:left + side]
+        if size:
+            expected = TF.resize(expected, [size, size], antialias=True)
+        assert_close(patches[b, v], expected, atol=tolerance, rtol=0)
 
 
 def test_patches_are_uniform_and_independent():
     # A 7 x 6 image has 5 x 4 places for a 3 x 3 patch; a pair of patches has 400.
     patches = bagssl.crop_patches(coordinates(7, 6, batch=40_000), uniform(40_000, 2, 3), 9 / 42)
-    top, left = patches[:, :, 0, 0, 0].long(), patches[:, :, 1, 0, 0].long()
+    top, left = patches[:, :, :, 0, 0].long().unbind(2)
     place = top * 4 + left
     for counts, expected in (
         (torch.bincount(place.flatten(), minlength=20), 4_000),  # each place equally often
@@ -125,31 +143,11 @@ def test_the_largest_number_still_fits(extent):
     assert corner.shape == (1, 1, 2, 1, 1) and (corner == extent - 1).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-@pytest.mark.parametrize("size", [7, 16, 40])
-def test_resized_patches_agree_with_torchvision(dtype, size):
-    """Of every scale between two, uniform in area, resized to one size."""
-    images, u = (256 * uniform(2, 3, 24, 32)).floor().to(dtype), uniform(2, 9, 3)
-    patches, sides = bagssl.crop_patches(images, u, (0.05, 0.7), size), set()
-    for b, v in itertools.product(range(2), range(9)):
-        side = round(math.sqrt((0.05 + 0.65 * float(u[b, v, 2])) * 24 * 32))
-        top, left = (int(float(u[b, v, axis]) * (extent - side + 1)) for axis, extent in ((0, 24), (1, 32)))
-        expected = TF.resized_crop(images[b], top, left, side, side, [size, size], antialias=True)
-        assert patches.dtype == dtype
-        assert (patches[b, v].double() - expected.double()).abs().max() <= (1 if dtype == torch.uint8 else 0.01)
-        sides.add(side)
-    assert len(sides) > 4
-
-
-@pytest.mark.parametrize("scale", [0.0, -0.1, 1.01, (0.0, 0.5), (0.5, 1.2), (0.6, 0.3)])
-def test_scale_out_of_range_is_refused(scale):
-    with pytest.raises(ValueError, match="scale"):
-        bagssl.crop_patches(torch.zeros(1, 3, 8, 8), uniform(1, 2, 3), scale, size=4)
-
-
-def test_several_scales_need_a_size():
-    with pytest.raises(ValueError, match="size"):
-        bagssl.crop_patches(torch.zeros(1, 3, 8, 8), uniform(1, 2, 3), (0.2, 0.5))
+@pytest.mark.parametrize("scale, size", [(0.0, 4), (-0.1, 4), (1.01, 4), ((0.0, 0.5), 4), ((0.5, 1.2), 4),
+                                         ((0.6, 0.3), 4), ((0.2, 0.5), None)])
+def test_scales_out_of_range_or_without_a_size_are_refused(scale, size):
+    with pytest.raises(ValueError, match="scale" if size else "size"):
+        bagssl.crop_patches(torch.zeros(1, 3, 8, 8), uniform(1, 2, 3), scale, size)
 
 
 def test_grid_patches():
@@ -166,12 +164,12 @@ def test_grid_patches():
     assert corners(4, 8) == ([0, 8, 16, 24], [2, 14, 26, 38])  # of the cells
     assert corners(3, 20) == ([0, 6, 12], [0, 14, 28])  # overlapping ones reach the edges
     square = torch.rand(2, 3, 16, 16)
-    assert torch.equal(bagssl.grid_patches(square, 1, 1.0)[:, 0], square)
-    assert torch.equal(bagssl.grid_patches(square, 3, 1.0), square[:, None].expand(-1, 9, -1, -1, -1))
+    for per_side in (1, 3):
+        assert_close(bagssl.grid_patches(square, per_side, 1.0), square[:, None].expand(-1, per_side ** 2, -1, -1, -1),
+                     atol=0, rtol=0)
 
 
-# --------------------------------------------------------------------------------------------------
-# Augmentation
+# ----------------------------------------------------------------------------------------------------- Augmentation
 
 NEUTRAL = dict(brightness=0, contrast=0, saturation=0, hue=0, jitter_prob=1, gray_prob=0, solarize_prob=0)
 
@@ -193,7 +191,7 @@ def test_augment_agrees_with_torchvision(index, strengths, reference):
     u = torch.full((len(numbers), 8), 0.5)
     u[:, index] = torch.tensor(numbers)
     for patch, number, found in zip(patches, numbers, bagssl.augment(patches, u, **(NEUTRAL | strengths))):
-        torch.testing.assert_close(found, reference(patch, number), atol=2e-6, rtol=0)
+        assert_close(found, reference(patch, number), atol=2e-6, rtol=0)
 
 
 def test_augment_has_the_stated_odds_and_strengths():
@@ -208,10 +206,9 @@ def test_augment_has_the_stated_odds_and_strengths():
     assert share_changed(brightness=0.4, jitter_prob=0.8) == pytest.approx(0.8, abs=0.015)
     assert share_changed(gray_prob=0.2) == pytest.approx(0.2, abs=0.015)
     assert share_changed(patch * 2, solarize_prob=0.1) == pytest.approx(0.1, abs=0.015)  # it changes what is above 0.5
+    assert share_changed(torch.arange(2.0).expand(20_000, 3, 2, 2)) == pytest.approx(0.5, abs=0.015)  # the flip
     factor = bagssl.augment(patch, u, **(NEUTRAL | {"brightness": 0.4}))[:, 0, 0, 0] / 0.4
     assert 0.5999 < factor.min() < 0.601 and 1.399 < factor.max() < 1.4001 and abs(factor.mean() - 1) < 0.01
-    ramp = torch.arange(2.0).expand(20_000, 3, 2, 2)
-    assert (bagssl.augment(ramp, u, **NEUTRAL)[:, 0, 0, 0] == 1).double().mean().item() == pytest.approx(0.5, abs=0.015)
 
 
 def test_augment_keeps_the_range_and_refuses_other_input():
@@ -223,8 +220,7 @@ def test_augment_keeps_the_range_and_refuses_other_input():
             bagssl.augment(wrong, uniform(2, 8))
 
 
-# --------------------------------------------------------------------------------------------------
-# Encoder and loss
+# ------------------------------------------------------------------------------------------------- Encoder and loss
 
 
 @pytest.mark.parametrize("arch, width", [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048)])
@@ -246,13 +242,11 @@ def test_patchnet_takes_patches_of_many_sizes(side, stride):
 
 
 def test_whitening_makes_blocks_of_pixels_white():
-    ramp = torch.stack(torch.meshgrid(torch.arange(30), torch.arange(30), indexing="ij")).sum(0)
-    images = (ramp * 4 * uniform(64, 3, 1, 1) + 20 * uniform(64, 3, 30, 30)).to(torch.uint8)
+    images = (4 * coordinates(30, 30).sum(1) * uniform(64, 3, 1, 1) + 20 * uniform(64, 3, 30, 30)).to(torch.uint8)
     filters = bagssl.whitening_filters(images, epsilon=1e-6)
     assert filters.shape == (54, 3, 3, 3) and torch.equal(filters[27:], -filters[:27])
-    maps = torch.nn.functional.conv2d(bagssl.normalize(images).double(), filters[:27].double())
-    covariance = torch.cov(maps.transpose(0, 1).flatten(1))
-    torch.testing.assert_close(covariance, torch.eye(27).double(), atol=0.01, rtol=0)
+    maps = F.conv2d(bagssl.normalize(images).double(), filters[:27].double())
+    assert_close(torch.cov(maps.transpose(0, 1).flatten(1)), torch.eye(27).double(), atol=0.01, rtol=0)
     damped = bagssl.whitening_filters(images, epsilon=0.5).flatten(1).norm(dim=1).max()
     assert damped < 1 / math.sqrt(0.5) + 1e-3  # no axis is amplified by more than 1 / sqrt(epsilon)
 
@@ -260,65 +254,60 @@ def test_whitening_makes_blocks_of_pixels_white():
 @pytest.mark.parametrize("arch, scale, size", [("resnet18", (0.25,), 0), ("patchnet", (0.08, 1.0), 12)])
 def test_views_and_encoder_are_one_graph_each(arch, scale, size):
     config = bagssl.Config(arch=arch, num_patches=2, patch_scale=scale, patch_size=size)
-    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     encoder = bagssl.Encoder(arch, 1, (8, 8, 8)).double()
     weights = [p for p in encoder.parameters() if p.requires_grad]
 
     def results(compiled):
-        x = compiled(bagssl.training_views)(images, uniform(4, 2, 11), config)
+        x = compiled(bagssl.training_views)(noise(4, 3, 16, 16), uniform(4, 2, 11), config)
         h, z = compiled(encoder)(x.double())
         return x, h, z, *torch.autograd.grad(z.square().sum(), weights)
 
     # fullgraph: an error where Python would have to step in. The backend runs the graphs without a C++ compiler.
     graphs = results(lambda function: torch.compile(function, backend="aot_eager", fullgraph=True))
-    torch.testing.assert_close(graphs, results(lambda function: function))
+    assert_close(graphs, results(lambda function: function))
 
 
 def test_normalize_takes_bytes_and_floats():
-    images = torch.randint(0, 256, (2, 3, 5, 5), dtype=torch.uint8)
+    images = noise(2, 3, 5, 5)
     expected = TF.normalize(images / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    torch.testing.assert_close(bagssl.normalize(images), expected)
-    torch.testing.assert_close(bagssl.normalize(images / 255), expected)
+    assert_close(bagssl.normalize(images), expected)
+    assert_close(bagssl.normalize(images / 255), expected)
 
 
-def pairwise_vicreg(z, inv_weight, var_weight, cov_weight, eps=1e-4):
+def pairwise_vicreg(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4):
     """The definition, pair by pair, from the VICReg paper's pseudo-code."""
-    pairs = list(itertools.combinations(range(z.shape[1]), 2))
-    total = 0
-    for i, j in pairs:
-        inv = torch.nn.functional.mse_loss(z[:, i], z[:, j])
-        hinge = cov = 0
-        for v in (i, j):
-            hinge = hinge + torch.relu(1 - torch.sqrt(z[:, v].var(0) + eps)).mean() / 2
-            c = torch.cov(z[:, v].T)
-            cov = cov + (c - c.diag().diag()).square().sum() / z.shape[2]
-        total = total + inv_weight * inv + var_weight * hinge + cov_weight * cov
-    return total / len(pairs)
+    def hinge_and_covariance(z):
+        c = torch.cov(z.T)
+        hinge = torch.relu(1 - torch.sqrt(c.diag() + eps)).mean() / 2
+        return var_weight * hinge + cov_weight * (c - c.diag().diag()).square().sum() / len(c)
+
+    pairs = list(itertools.combinations(z.unbind(1), 2))
+    return sum(inv_weight * F.mse_loss(zi, zj) + hinge_and_covariance(zi) + hinge_and_covariance(zj)
+               for zi, zj in pairs) / len(pairs)
 
 
 @pytest.mark.parametrize("B, V, D", [(2, 2, 3), (6, 2, 11), (11, 5, 6), (8, 3, 8)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_vicreg_loss_is_the_mean_over_pairs(B, V, D, dtype, tolerance):
-    reference = torch.randn(B, V, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.9 + 3
-    z, reference = reference.to(dtype).requires_grad_(), reference.requires_grad_()
+    reference = (normal(B, V, D, dtype=torch.float64) * 0.9 + 3).requires_grad_()
+    z = reference.detach().to(dtype).requires_grad_()
     loss, terms = bagssl.vicreg_loss(z, 20.0, 15.0, 2.0)
     expected = pairwise_vicreg(reference, 20.0, 15.0, 2.0)
-    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(20 * terms["inv"] + 15 * terms["var"] + 2 * terms["cov"], loss.detach())
-    loss.backward()
-    expected.backward()
-    torch.testing.assert_close(z.grad.double(), reference.grad, rtol=tolerance, atol=tolerance)
+    assert_close(20 * terms["inv"] + 15 * terms["var"] + 2 * terms["cov"], loss.detach())
+    found = loss, *torch.autograd.grad(loss, z)
+    expected = expected, *torch.autograd.grad(expected, reference)
+    assert_close(found, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
 @pytest.mark.parametrize("B, V, D", [(7, 2, 11), (11, 3, 6)])
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_shares_of_the_loss_average_to_it(B, V, D, size):
-    z = torch.randn(B, V, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    expected = pairwise_vicreg(z, 25.0, 25.0, 1.0)
+    z = normal(B, V, D, dtype=torch.float64).requires_grad_()
+    expected = pairwise_vicreg(z)
     shares = [bagssl.vicreg_loss(z, rank=rank, world_size=size) for rank in range(size)]
     found = sum(loss for loss, _ in shares) / size
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(torch.autograd.grad(found, z), torch.autograd.grad(expected, z), rtol=1e-9, atol=1e-12)
+    assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert_close(torch.autograd.grad(found, z), torch.autograd.grad(expected, z), rtol=1e-9, atol=1e-12)
     assert len({terms["cov"].item() for _, terms in shares}) > 1  # they are parts, not copies
 
 
@@ -344,13 +333,13 @@ def test_vicreg_loss_refuses_what_has_no_pairs(shape):
 
 @pytest.fixture(scope="module")
 def small_world():
-    """12 symbols in 4 classes, with a joint of pairs in whole numbers: 4,001 pairs in which each occurs as often
-    as its probability says, so that what the loss finds is not blurred by sampling. Returns the pairs (N, 2), p
-    (12,) and the eigenvectors (12, 12) and eigenvalues of the normalised co-occurrences, in descending order."""
-    classes = torch.rand(4, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) ** 6
+    """12 symbols in 4 classes, and 4,001 pairs of them in which each pair occurs exactly as often as its probability
+    says: no sampling blurs what the loss finds. Returns the pairs (N, 2), their joint (12, 12), p (12,), and the
+    eigenvalues and eigenvectors (in columns) of the normalised co-occurrences, in descending order."""
+    classes = uniform(4, 12, dtype=torch.float64) ** 6
     classes = classes / classes.sum(1, keepdim=True)
     counts = (1000 * classes.T @ classes).round().long()
-    pairs = torch.tensor([[i, j] for i in range(12) for j in range(12)]).repeat_interleave(counts.flatten(), 0)
+    pairs = torch.cartesian_prod(torch.arange(12), torch.arange(12)).repeat_interleave(counts.flatten(), 0)
     joint = counts / counts.sum().double()
     p = joint.sum(1)
     values, vectors = torch.linalg.eigh(joint / (p[:, None] * p).sqrt())
@@ -359,7 +348,7 @@ def small_world():
 
 
 def minimise(function, width):
-    z = torch.randn(12, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    z = normal(12, width, dtype=torch.float64).requires_grad_()
     optimizer = torch.optim.LBFGS([z], max_iter=3000, tolerance_grad=1e-12, tolerance_change=1e-16, history_size=50,
                                   line_search_fn="strong_wolfe")
 
@@ -379,7 +368,7 @@ def test_similarity_with_a_small_covariance_is_the_best_low_rank_co_occurrence(s
     _, joint, p, values, vectors = small_world
     z = minimise(lambda z: 0.35 * (z.T @ (p[:, None] * z)).square().sum() - (joint * (z @ z.T)).sum(), width)
     best = (vectors * values)[:, :width] @ vectors[:, :width].T
-    torch.testing.assert_close(0.7 * (p[:, None] * p).sqrt() * (z @ z.T), best, rtol=0, atol=1e-6)
+    assert_close(0.7 * (p[:, None] * p).sqrt() * (z @ z.T), best, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
@@ -392,32 +381,19 @@ def test_vicreg_spans_the_leading_eigenvectors_of_co_occurrence(small_world, wid
     assert math.degrees(cosines.min().clamp(max=1).acos()) < 0.01
 
 
-# --------------------------------------------------------------------------------------------------
-# Bag of patches
-
-
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize("per_side, scale, size", [(1, 0.25, None), (3, 0.25, None), (2, 0.5, 12), (1, 1.0, None)])
 def test_bag_is_the_mean_over_a_loop(chunk, per_side, scale, size):
     torch.manual_seed(0)
     backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1),
-                                   torch.nn.Flatten())
-    images = torch.randint(0, 256, (3, 3, 20, 24), dtype=torch.uint8)
-    largest = 0
-
-    def watch(module, inputs):
-        nonlocal largest
-        largest = max(largest, len(inputs[0]))
-
-    backbone.register_forward_pre_hook(watch)
-    bag = bagssl.BagOfPatches(backbone, per_side, scale, size, chunk)
-    with torch.no_grad():
-        found = bag(images)
-        assert largest <= chunk
-        for image, h in zip(images, found):
-            patches = bagssl.grid_patches(image[None], per_side, scale, size)[0]
-            expected = sum(backbone(bagssl.normalize(patch[None]))[0] for patch in patches) / len(patches)
-            torch.testing.assert_close(h, expected, atol=1e-5, rtol=1e-4)
+                                   torch.nn.Flatten()).requires_grad_(False)
+    images, sizes = noise(3, 3, 20, 24), []
+    backbone.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    found = bagssl.BagOfPatches(backbone, per_side, scale, size, chunk)(images)
+    assert max(sizes) <= chunk
+    for h, patches in zip(found, bagssl.grid_patches(images, per_side, scale, size), strict=True):
+        expected = sum(backbone(bagssl.normalize(patch[None]))[0] for patch in patches) / per_side ** 2
+        assert_close(h, expected, atol=1e-5, rtol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------
