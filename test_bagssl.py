@@ -9,7 +9,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import random
 import re
 import signal
 import subprocess
@@ -89,36 +88,31 @@ def refused(run):
     return refused
 
 
-def uniform(*shape, seed=0, dtype=torch.float32):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-def noise(*shape, seed=0):
-    """Images whose pixels are random bytes."""
-    return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+def noise(*shape):
+    return torch.randint(256, shape, dtype=torch.uint8)
 
 
 def coordinates(height, width, batch=1):
     """Images (B, 2, H, W), float64, whose pixels hold their own row and column."""
-    grid = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
-    return grid.double().expand(batch, -1, -1, -1)
+    return torch.from_numpy(np.indices((height, width))).double().expand(batch, -1, -1, -1)
 
 
-def write_image(path, size=(40, 40), seed=0, **options):
+def write_image(path, size=(40, 40), **options):
     """Write an image of random pixels; returns them, uint8 (3, H, W)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = noise(3, size[1], size[0], seed=seed)
+    pixels = noise(3, size[1], size[0])
     TF.to_pil_image(pixels).save(path, **options)
     return pixels
 
 
-def write_classes(folder, count, seed=0):
+def write_classes(folder, count):
     for i in range(count):
-        write_image(folder / "ab"[i % 2] / f"{i:02}.png", seed=seed + i)
+        write_image(folder / "ab"[i % 2] / f"{i:02}.png")
 
 
 # ---------------------------------------------------------------------------------------------------------- Patches
@@ -129,7 +123,7 @@ def write_classes(folder, count, seed=0):
                                          ((0.05, 0.7), 40)])
 def test_patches_agree_with_torchvision(dtype, scale, size):
     """Without a size they are the image's own pixels; scales between two are uniform in area."""
-    images, u = noise(3, 3, 24, 32).to(dtype), uniform(3, 50, 3)
+    images, u = noise(3, 3, 24, 32).to(dtype), torch.rand(3, 50, 3)
     patches = bagssl.crop_patches(images, u, scale, size)
     low, high = np.broadcast_to(scale, 2)
     tolerance = 0 if size is None else 1 if dtype == torch.uint8 else 0.01
@@ -146,7 +140,7 @@ def test_patches_agree_with_torchvision(dtype, scale, size):
 
 def test_patches_are_uniform_and_independent():
     # A 7 x 6 image has 5 x 4 places for a 3 x 3 patch; a pair of patches has 400.
-    patches = bagssl.crop_patches(coordinates(7, 6, batch=40_000), uniform(40_000, 2, 3), 9 / 42)
+    patches = bagssl.crop_patches(coordinates(7, 6, batch=40_000), torch.rand(40_000, 2, 3), 9 / 42)
     top, left = patches[:, :, :, 0, 0].long().unbind(2)
     place = top * 4 + left
     for counts, expected in (
@@ -169,7 +163,7 @@ def test_the_largest_number_still_fits(extent):
                                          ((0.6, 0.3), 4), ((0.2, 0.5), None)])
 def test_scales_out_of_range_or_without_a_size_are_refused(scale, size):
     with pytest.raises(ValueError, match="scale" if size else "size"):
-        bagssl.crop_patches(torch.zeros(1, 3, 8, 8), uniform(1, 2, 3), scale, size)
+        bagssl.crop_patches(torch.zeros(1, 3, 8, 8), torch.rand(1, 2, 3), scale, size)
 
 
 def test_grid_patches():
@@ -206,7 +200,7 @@ NEUTRAL = dict(brightness=0, contrast=0, saturation=0, hue=0, jitter_prob=1, gra
 ])
 def test_augment_agrees_with_torchvision(index, strengths, reference):
     numbers = [0.0, 0.3, 0.5, 0.77, 0.999]
-    patches = uniform(len(numbers), 3, 9, 9)
+    patches = torch.rand(len(numbers), 3, 9, 9)
     patches[:, :, 0] = patches[:, :1, 0]  # a row of greys, which have no hue
     patches[:, :, 1, 0], patches[:, :, 1, 1] = 0.0, 1.0
     u = torch.full((len(numbers), 8), 0.5)
@@ -217,7 +211,7 @@ def test_augment_agrees_with_torchvision(index, strengths, reference):
 
 def test_augment_has_the_stated_odds_and_strengths():
     # A uniform patch of (0.4, 0.2, 0.1) shows what was done to it.
-    u, patch = uniform(20_000, 8), torch.tensor([0.4, 0.2, 0.1])[:, None, None].expand(20_000, 3, 2, 2)
+    u, patch = torch.rand(20_000, 8), torch.tensor([0.4, 0.2, 0.1])[:, None, None].expand(20_000, 3, 2, 2)
 
     def share_changed(patch=patch, **only):
         return ((bagssl.augment(patch, u, **(NEUTRAL | only)) - patch).abs() > 1e-3).any(1).double().mean().item()
@@ -234,11 +228,11 @@ def test_augment_has_the_stated_odds_and_strengths():
 
 def test_augment_keeps_the_range_and_refuses_other_input():
     patches = torch.rand(5, 4, 3, 8, 8)
-    out = bagssl.augment(patches, uniform(5, 4, 8), brightness=0.9, contrast=0.9, saturation=0.9, hue=0.5)
+    out = bagssl.augment(patches, torch.rand(5, 4, 8), brightness=0.9, contrast=0.9, saturation=0.9, hue=0.5)
     assert out.shape == patches.shape and out.min() >= 0 and out.max() <= 1
     for wrong in (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.rand(2, 1, 8, 8)):
         with pytest.raises(ValueError, match="augment takes"):
-            bagssl.augment(wrong, uniform(2, 8))
+            bagssl.augment(wrong, torch.rand(2, 8))
 
 
 # ------------------------------------------------------------------------------------------------- Encoder and loss
@@ -263,7 +257,7 @@ def test_patchnet_takes_patches_of_many_sizes(side, stride):
 
 
 def test_whitening_makes_blocks_of_pixels_white():
-    images = (4 * coordinates(30, 30).sum(1) * uniform(64, 3, 1, 1) + 20 * uniform(64, 3, 30, 30)).to(torch.uint8)
+    images = (4 * coordinates(30, 30).sum(1) * torch.rand(64, 3, 1, 1) + 20 * torch.rand(64, 3, 30, 30)).to(torch.uint8)
     filters = bagssl.whitening_filters(images, epsilon=1e-6)
     assert filters.shape == (54, 3, 3, 3) and torch.equal(filters[27:], -filters[:27])
     maps = F.conv2d(bagssl.normalize(images).double(), filters[:27].double())
@@ -288,7 +282,7 @@ def check_that_one_graph_gives_the_same(encoder, x):
 @pytest.mark.parametrize("arch, scale, size", [("resnet18", (0.25,), 0), ("patchnet", (0.08, 1.0), 12)])
 def test_views_and_encoder_are_one_graph_each(arch, scale, size):
     config = bagssl.Config(arch=arch, num_patches=2, patch_scale=scale, patch_size=size)
-    arguments = noise(4, 3, 16, 16), uniform(4, 2, 11), config
+    arguments = noise(4, 3, 16, 16), torch.rand(4, 2, 11), config
     x = bagssl.training_views(*arguments)
     assert_close(one_graph(bagssl.training_views)(*arguments), x)
     check_that_one_graph_gives_the_same(bagssl.Encoder(arch, 1, (8, 8, 8)).double(), x.double())
@@ -317,7 +311,7 @@ def pairwise_vicreg(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-
 @pytest.mark.parametrize("processes", [1, 2, 3, 8])
 @pytest.mark.parametrize("dtype, rtol, atol", [(torch.float64, 1e-10, 1e-12), (torch.float32, 1e-4, 1e-4)])
 def test_shares_of_vicreg_loss_average_to_the_mean_over_pairs(B, V, D, processes, dtype, rtol, atol):
-    reference = (normal(B, V, D, dtype=torch.float64) * 0.9 + 3).requires_grad_()
+    reference = (torch.randn(B, V, D, dtype=torch.float64) * 0.9 + 3).requires_grad_()
     z = reference.detach().to(dtype).requires_grad_()
     shares = [bagssl.vicreg_loss(z, 20.0, 15.0, 2.0, rank=rank, world_size=processes) for rank in range(processes)]
     for loss, terms in shares:
@@ -354,7 +348,8 @@ def small_world():
     """12 symbols in 4 classes, and 4,001 pairs of them in which each pair occurs exactly as often as its probability
     says: no sampling blurs what the loss finds. Returns the pairs (N, 2), their joint (12, 12), p (12,), and the
     eigenvalues and eigenvectors (in columns) of the normalised co-occurrences, in descending order."""
-    classes = uniform(4, 12, dtype=torch.float64) ** 6
+    torch.manual_seed(0)
+    classes = torch.rand(4, 12, dtype=torch.float64) ** 6
     classes = classes / classes.sum(1, keepdim=True)
     counts = (1000 * classes.T @ classes).round().long()
     pairs = torch.cartesian_prod(torch.arange(12), torch.arange(12)).repeat_interleave(counts.flatten(), 0)
@@ -366,7 +361,7 @@ def small_world():
 
 
 def minimise(function, width):
-    z = normal(12, width, dtype=torch.float64).requires_grad_()
+    z = torch.randn(12, width, dtype=torch.float64).requires_grad_()
     optimizer = torch.optim.LBFGS([z], max_iter=3000, tolerance_grad=1e-12, tolerance_change=1e-16, history_size=50,
                                   line_search_fn="strong_wolfe")
 
@@ -402,7 +397,6 @@ def test_vicreg_spans_the_leading_eigenvectors_of_co_occurrence(small_world, wid
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize("per_side, scale, size", [(1, 0.25, None), (3, 0.25, None), (2, 0.5, 12), (1, 1.0, None)])
 def test_bag_is_the_mean_over_a_loop(chunk, per_side, scale, size):
-    torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
                                    nn.Flatten()).requires_grad_(False)
     images, sizes = noise(3, 3, 20, 24), []
@@ -422,8 +416,8 @@ def test_folder_is_decoded_once_and_a_change_is_noticed(tmp_path, monkeypatch):
         return bagssl.load_images("any", tmp_path, split, 40)
 
     paths = [tmp_path / f"train/{name}/{i}.png" for name in ("cat", "dog") for i in range(3)]
-    pixels = torch.stack([write_image(path, seed=seed) for seed, path in enumerate(paths)])
-    wide = write_image(tmp_path / "val/dog/0.png", size=(60, 40), seed=9)
+    pixels = torch.stack([write_image(path) for path in paths])
+    wide = write_image(tmp_path / "val/dog/0.png", size=(60, 40))
     images, labels = load("train")
     assert torch.equal(images, pixels) and labels.tolist() == [0, 0, 0, 1, 1, 1]
     test, labels = load("test")
@@ -436,12 +430,12 @@ def test_folder_is_decoded_once_and_a_change_is_noticed(tmp_path, monkeypatch):
     write_image(tmp_path / "train/unsorted.png")
     assert load("pretrain")[1] is None  # not every image has a class
     (tmp_path / "train/unsorted.png").unlink()
-    pixels[0] = write_image(paths[0], seed=77)
+    pixels[0] = write_image(paths[0])
     assert torch.equal(load("train")[0], pixels)
 
 
 def test_folders_of_one_name_share_a_cache(tmp_path):
-    pixels = {name: write_image(tmp_path / name / "photos/one.png", seed=ord(name)) for name in "ab"}
+    pixels = {name: write_image(tmp_path / name / "photos/one.png") for name in "ab"}
     for name in "abab":
         found, _ = bagssl.load_images("any", tmp_path / name / "photos", "pretrain", 40, cache=tmp_path / "cache")
         assert torch.equal(found[0], pixels[name])
@@ -535,7 +529,7 @@ def test_cifar10_as_torchvision_keeps_it(tmp_path, monkeypatch):
 
 def test_two_processes_decode_a_folder_at_once(tmp_path, monkeypatch):
     """Both finish, one file stays, and it is not replaced while in use: a network file system would take it away."""
-    pixels = [write_image(tmp_path / f"photos/{i:03}.png", size=(32, 32), seed=i) for i in range(200)]
+    pixels = [write_image(tmp_path / f"photos/{i:03}.png", size=(32, 32)) for i in range(200)]
     code = "import bagssl, sys; print(bagssl.load_images('any', sys.argv[1], 'pretrain', 32)[0].long().sum().item())"
     with ThreadPoolExecutor(2) as pool:
         both = list(pool.map(lambda _: command("-c", code, tmp_path / "photos"), range(2)))
@@ -560,7 +554,7 @@ def test_bad_images(tmp_path, refused, run, monkeypatch):
     folder.mkdir()
     assert "no images in" in refused(*arguments)
     for i in range(12):
-        write_image(folder / f"{i:02}.png", seed=i)
+        write_image(folder / f"{i:02}.png")
     for name in ("bad1.png", "bad2.jpg"):
         (folder / name).write_bytes(b"this is no picture")
     (folder / "link.png").symlink_to("nothing.png")
@@ -611,10 +605,11 @@ def test_effective_rank():
 @pytest.fixture(scope="module")
 def tiny_run(tmp_path_factory):
     """A folder of small images, and a run of 45 steps on them."""
+    torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny")
     data, out = folder / "data", folder / "run"
     write_classes(data / "train", 24)
-    write_classes(data / "test", 24, seed=100)
+    write_classes(data / "test", 24)
     printed = command("bagssl.py", *TINY, "--data", data, "--out", out).stdout
     return types.SimpleNamespace(data=data, out=out, checkpoint=out / "checkpoint.pt", printed=printed)
 
@@ -689,7 +684,6 @@ def test_a_run_leaves_what_it_says(tiny_run):
 
 
 def test_the_online_probe_learns_from_the_mean_embedding():
-    torch.manual_seed(0)
     probe, labels = bagssl.OnlineProbe(16, 4), torch.arange(200) % 4
     h = torch.randn(200, 3, 16) + 2 * torch.randn(4, 16)[labels][:, None]
     mean, linear = h.double().mean(1), probe.layers[1]
@@ -757,11 +751,11 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tiny_run, tin
     def written():
         return checkpoint.stat().st_ino if checkpoint.exists() else None
 
-    for seed in range(10):
+    for delay in np.random.default_rng(0).uniform(0, 0.02, 10):  # a time that includes the writing of checkpoints
         before, child = written(), start(save_every=0)
         while child.is_alive() and written() in (None, before):  # until it has gone on from where it was
             time.sleep(0.01)
-        time.sleep(random.Random(seed).uniform(0, 0.02))  # which includes the writing of checkpoints
+        time.sleep(delay)
         child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL
@@ -978,7 +972,7 @@ def compare_two_processes_with_one():
     assert_close(norm(own(half)), own(alone(half.float())).bfloat16(), rtol=0.01, atol=0.01)
     assert_close(statistics(norm), statistics(alone), rtol=1e-5, atol=1e-5)
     encoder = bagssl.Encoder("patchnet", 1, (8, 8, 8)).double()
-    check_that_one_graph_gives_the_same(encoder, normal(4, 3, 10, 10, dtype=torch.float64))
+    check_that_one_graph_gives_the_same(encoder, torch.randn(4, 3, 10, 10, dtype=torch.float64))
     torch.distributed.destroy_process_group()
 
 
@@ -990,18 +984,18 @@ def test_two_processes_have_the_gradients_of_one_and_compile_to_one_graph():
 
 
 def test_linear_probe_finds_the_classes_and_uses_no_test_labels():
-    centres, labels = normal(12, 20), torch.arange(12).repeat(40)
-    train, test = (centres[labels] + 0.3 * normal(480, 20, seed=seed) for seed in (1, 2))
+    centres, labels = torch.randn(12, 20), torch.arange(12).repeat(40)
+    train, test = (centres[labels] + 0.3 * torch.randn(480, 20) for _ in range(2))
     found = eval_linear.linear_probe(train * 50 + 7, labels, test * 50 + 7, labels)
     assert found["top1"] > 97 and found["top5"] >= found["top1"]
     assert eval_linear.knn_probe(train, labels, test, labels) > 97
-    shuffled = labels[torch.randperm(480, generator=torch.Generator().manual_seed(0))]
+    shuffled = labels[torch.randperm(480)]
     chance = eval_linear.linear_probe(train, labels, test, shuffled)
     assert chance["top1"] < 20 and chance["decay"] == found["decay"]
 
 
 def test_linear_fits_are_the_optima():
-    x, y, decays = normal(200, 5, dtype=torch.float64), torch.arange(200) % 3, [0.5, 0.02, 0.001]
+    x, y, decays = torch.randn(200, 5, dtype=torch.float64), torch.arange(200) % 3, [0.5, 0.02, 0.001]
     weights = eval_linear.fit_linear(x.float(), y, 3, decays, iterations=200, block=64).double().requires_grad_()
     for weight, decay in zip(weights, decays, strict=True):
         loss = F.cross_entropy(x @ weight[:-1] + weight[-1], y) + decay / 2 * weight[:-1].square().sum()
@@ -1010,18 +1004,18 @@ def test_linear_fits_are_the_optima():
 
 
 def test_whitened_features_are_uncorrelated_with_equal_variances():
-    x = uniform(500, 6) @ uniform(6, 6, seed=1) + 3
+    x = torch.rand(500, 6) @ torch.rand(6, 6) + 3
     white, test = eval_linear.whiten(x, 2 * x[:9], epsilon=0)
     assert_close(torch.cov(white.T), torch.eye(6), rtol=0, atol=1e-3)
     root = torch.linalg.cholesky(torch.linalg.inv(torch.cov(x.double().T)))
     assert_close(F.pdist(test.double()), F.pdist(2 * x[:9].double() @ root), rtol=1e-3, atol=0)  # Mahalanobis's
-    noisy = torch.cat([x, 1e-4 * uniform(500, 1, seed=2)], 1)
+    noisy = torch.cat([x, 1e-4 * torch.rand(500, 1)], 1)
     assert eval_linear.whiten(noisy, noisy)[0].std(0).min() < 0.01  # what hardly varies stays small
     assert eval_linear.whiten(x, x)[1].mean(0).abs().max() < 1e-4
 
 
 def test_knn_votes_as_a_loop_does():
-    train, test, labels, truth = normal(60, 4), normal(50, 4, seed=1), torch.arange(60) % 3, torch.arange(50) % 3
+    train, test, labels, truth = torch.randn(60, 4), torch.randn(50, 4), torch.arange(60) % 3, torch.arange(50) % 3
     guesses = []
     for cosine in F.cosine_similarity(test[:, None], train, dim=2).numpy():
         nearest = np.argsort(-cosine)[:20]
@@ -1074,7 +1068,6 @@ def test_the_untrained_control_has_the_whitening_and_nothing_else(tiny_run):
 
 
 def test_published_checkpoints_are_found_in_any_wrapping(tmp_path, capsys):
-    torch.manual_seed(0)
     model = torchvision.models.resnet50()
     state = model.state_dict()
     sequence = nn.Sequential(*list(model.children())[:-1]).state_dict()  # lightly: 0.weight, 4.0.conv1.weight
@@ -1086,7 +1079,7 @@ def test_published_checkpoints_are_found_in_any_wrapping(tmp_path, capsys):
                "dino": {"student": inside, "teacher": {key: value * 2 for key, value in inside.items()}},
                "byol": {"online_network_state_dict": sequence}}
     model.fc = nn.Identity()
-    x = uniform(2, 3, 96, 96, seed=1).to(memory_format=torch.channels_last)
+    x = torch.rand(2, 3, 96, 96).to(memory_format=torch.channels_last)
     expected = model.eval().to(memory_format=torch.channels_last)(x)
     for name, content in wrapped.items():
         torch.save(content, tmp_path / "published.pth")
@@ -1126,7 +1119,7 @@ def test_the_demo_learns(tmp_path):
 
 def test_cosine_to_parts_agrees_with_all_pairs():
     """Over many draws, each control is the mean over all its pairs."""
-    whole, bag, labels = normal(40, 6) + 3, normal(40, 6, seed=1) - 1, torch.arange(40) % 4
+    whole, bag, labels = torch.randn(40, 6) + 3, torch.randn(40, 6) - 1, torch.arange(40) % 4
     labels[7] = 5  # alone in its class; class 4 has no image
     draws = [claims.cosine_to_parts(whole, bag, labels, seed) for seed in range(400)]
     whole, bag = (x.double() - x.double().mean(0) for x in (whole, bag))
@@ -1153,9 +1146,8 @@ def test_cosine_to_parts_pairs_no_image_with_itself():
 
 
 def test_ridge_r2():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2000, 8, generator=generator)
-    signal, unknown = x @ torch.randn(8, generator=generator), torch.randn(2000, generator=generator)
+    x = torch.randn(2000, 8)
+    signal, unknown = x @ torch.randn(8), torch.randn(2000)
     targets = torch.stack([signal, signal + signal.std() * unknown, unknown], 1) + 5
     r2 = claims.ridge_r2(x[:1000], targets[:1000], x[1000:], targets[1000:])
     assert r2.tolist() == pytest.approx([1, 0.5, 0], abs=0.05)
@@ -1188,7 +1180,7 @@ def test_locality_changes_a_bag_alike_by_the_known_factors(monkeypatch):
     regression = Mock(side_effect=lambda train, train_targets, *_: torch.zeros(train_targets.shape[1]))
     monkeypatch.setattr(claims, "embed_patches", embed)
     monkeypatch.setattr(claims, "ridge_r2", regression)
-    images = noise(300, 3, 20, 20, seed=1)
+    images = noise(300, 3, 20, 20)
     claims.locality(Knows(1, 1), images, torch.arange(300) % 2, 0.25, None, seed=3)
     order = torch.randperm(300, generator=torch.Generator().manual_seed(3))
     seen = [call.args[1] for call in embed.call_args_list]
