@@ -59,7 +59,7 @@ def torchrun(processes, *more):
 
 
 def calling(function, then="bagssl.run_cli(bagssl.main)"):
-    """Python's arguments to call a function of this file and then to train."""
+    """Arguments with which Python calls a function of this file, and then trains."""
     return "-c", f"import bagssl, test_bagssl\ntest_bagssl.{function.__name__}()\n{then}"
 
 
@@ -268,7 +268,7 @@ def test_whitening_makes_blocks_of_pixels_white():
 
 
 def one_graph(function):
-    """Compiled; an error where Python would have to step in. The backend needs no C++ compiler."""
+    """Compile, with an error where Python would have to step in. The backend needs no C++ compiler."""
     return torch.compile(function, backend="aot_eager", fullgraph=True)
 
 
@@ -737,7 +737,7 @@ def train_and_look_at_every_step(arguments):
 
 
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tiny_run, tiny, out, run):
-    context = multiprocessing.get_context("forkserver")  # forks what has imported all: starts are fast
+    context = multiprocessing.get_context("forkserver")  # whose children import nothing, so that they start fast
     context.set_forkserver_preload(["test_bagssl"])
     checkpoint = out / "checkpoint.pt"
 
@@ -1138,7 +1138,7 @@ def test_ridge_r2():
     assert r2.tolist() == pytest.approx([1, 0.5, 0], abs=0.05)
 
 
-class Knows(nn.Linear):  # as a network with parameters, whose device is looked up
+class Knows(nn.Linear):  # Linear only to have a parameter, by which claims.py finds the device
     """An encoder whose h is the patch, and whose z only knows how bright it is."""
 
     def forward(self, x):
