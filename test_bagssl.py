@@ -1278,7 +1278,6 @@ def test_the_simulation_counts_what_two_processes_send(run):
     ("--patch-scale 1.5", "--patch-scale must be a number from 1e-06 to 1, not 1.5"),
     ("--patch-scale 0 1 --patch-size 16", "--patch-scale must be"),
     ("--clip 0", "--clip must be a number from 1e-06 to"),
-    ("--stem-stride 4", "--stem-stride 4 is for the resnets"),
     ("--patch-scale 0.0005", "patches must be at least 3 pixels wide, not 2"),
     ("--patch-scale 0.2 0.8", "--patch-size"),
     ("--patch-scale 0.8 0.2 --patch-size 16", "a low and a high one together with a --patch-size"),
