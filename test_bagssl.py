@@ -699,6 +699,8 @@ def test_the_online_probe_changes_no_weight(tiny_run, tiny, out, run, monkeypatc
     assert "probe " not in run(*tiny).stdout.replace("probe it", "")
     assert "probe_top1" not in (out / "log.jsonl").read_text()
     assert same_weights(out, tiny_run.out)
+    monkeypatch.undo()
+    assert "complete" in run(*tiny).stdout  # a checkpoint without a probe can be continued with labels
 
 
 def test_a_resnets_backbone_is_torchvisions(tiny, out, run):
