@@ -38,6 +38,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / ".github"))
 import benchmark
 import claims
+import trials
 
 torch.set_num_threads(1)  # as in `command`: sums in another order are not equal to the bit
 TINY = ["--preset", "demo", "--image-size", "40", "--patch-scale", "0.0625", "--batch-size", "8", "--num-patches", "2",
@@ -1101,7 +1102,7 @@ def test_the_demo_learns(tmp_path):
     assert top1["bag of 16"] > top1["one patch, the centre"] + 25, finished.stdout
 
 
-# ------------------------------------------------------------------- Evidence: .github/claims.py and benchmark.py
+# -------------------------------------------------------------- Evidence: claims.py, benchmark.py, trials.py in .github
 
 
 def test_cosine_to_parts_agrees_with_all_pairs():
@@ -1260,6 +1261,23 @@ def test_the_simulation_counts_what_two_processes_send(run):
     one, two = (line.split() for line in printed.splitlines()[-2:])
     assert one[:2] == ["1", "8"] and two[:2] == ["2", "4"] and one[4:12] == ["0.0", "(0)"] * 4
     assert two[5] == f"({counts['gather'][0]})" and two[9] == f"({counts['scatter'][0]})"
+
+
+def test_trials_train_and_probe_without_the_images_held_out(tiny_run, tmp_path):
+    images = torch.arange(24)
+    (kept, labels), (held, held_labels) = trials.hold_out(images, -images)
+    assert len(held) == 2 and torch.cat([kept, held]).sort().values.equal(images)
+    assert labels.equal(-kept) and held_labels.equal(-held)
+    arguments = [".github/trials.py", *TINY, "--data", tiny_run.data, "--out", tmp_path,
+                 "--try", "lr", "1e-4", "1e-3", "--try", "projector", "16,16,8"]
+    printed = command(*arguments).stdout
+    *_, first, second = printed.splitlines()
+    for row, lr in ((first, "1e-4"), (second, "1e-3")):
+        assert re.fullmatch(rf"\| {lr} \| 16,16,8 \| \d+ \|( \d+\.\d \|){{3}}", row)
+        checkpoint = bagssl.load_checkpoint(tmp_path / f"lr={lr}-projector=16,16,8/checkpoint.pt")
+        assert checkpoint["config"]["lr"] == float(lr) and checkpoint["config"]["projector"] == (16, 16, 8)
+        assert checkpoint["step"] == 15 * (22 // 8)  # epochs of the images kept
+    assert command(*arguments).stdout == printed  # nothing is trained again
 
 
 # --------------------------------------------------- Bad input: one sentence, exit code 2, nothing overwritten
