@@ -648,7 +648,7 @@ def batches(images, labels, config, rows, device, start, steps):
     def read(step):
         epoch, batch = divmod(step, N // B)  # an epoch's last, incomplete batch is left out
         indices = order(epoch)[batch * B:(batch + 1) * B][rows]
-        with torch.cuda.device(device if to_gpu else -1):  # threads default to the first GPU
+        with torch.cuda.device(device if to_gpu else -1):  # else the new thread would occupy memory on the first
             chosen = images.new_empty(len(indices), *images.shape[1:], pin_memory=to_gpu)
         parts = 1 if images.is_cuda else 16  # a disk reads several at once
         list(readers.map(lambda some, out: torch.index_select(images, 0, some, out=out),
@@ -1056,8 +1056,15 @@ def load_checkpoint(path):
     except Exception as error:  # whatever torch raises on a damaged or foreign file
         raise UserError(f"{path} is damaged or not a checkpoint ({type(error).__name__} on reading it); "
                         f"give a checkpoint.pt that bagssl.py wrote") from error
-    if (not isinstance(checkpoint, dict) or not {"config", "encoder", "optimizer", "step"} <= checkpoint.keys()
-            or not checkpoint["config"].keys() <= Config.__dataclass_fields__.keys()):
+    try:
+        config = Config(**checkpoint["config"])
+        with torch.device("meta"):  # the encoder's names and shapes, without numbers
+            ours = Encoder(config.arch, config.stem_stride, config.projector).state_dict()
+        shapes = [{name: x.shape for name, x in state.items()} for state in (ours, checkpoint["encoder"])]
+        fits = shapes[0] == shapes[1] and {"optimizer", "step"} <= checkpoint.keys()
+    except (TypeError, KeyError, AttributeError):
+        fits = False
+    if not fits:
         raise UserError(f"{path} is not a checkpoint of this version of bagssl.py; give another, or train again")
     return checkpoint
 

@@ -1354,9 +1354,13 @@ def test_bad_checkpoints(tiny_run, tiny, out, tmp_path, refused):
     (out / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])
     torch.save({"model": 1}, tmp_path / "foreign.pt")
     torch.save({"config": {"an": "older field"}, "encoder": {}, "optimizer": {}, "step": 1}, tmp_path / "old.pt")
+    other = torch.load(tiny_run.checkpoint, weights_only=True)
+    other["encoder"]["projector.head.weight"] = other["encoder"].pop("projector.0.weight")
+    torch.save(other, tmp_path / "other.pt")
     torch.save(Bomb(), tmp_path / "bomb.pt")
     for name, words in (("none.pt", "no checkpoint at"), ("run/checkpoint.pt", "damaged"),
                         ("foreign.pt", "not a checkpoint of"), ("old.pt", "not a checkpoint of this version"),
+                        ("other.pt", "not a checkpoint of this version"),
                         ("bomb.pt", "damaged")):
         assert words in refused("--checkpoint", tmp_path / name, script=eval_linear)
     assert not (tmp_path / "exploded").exists()
