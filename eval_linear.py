@@ -136,7 +136,7 @@ def whiten(train, test, epsilon=1e-3):
     """
     mean = train.mean(0)
     variances, axes = torch.linalg.eigh(torch.cov(train.T).cpu())  # not every device has eigh
-    axes = (axes / (variances + epsilon * variances[-1]).sqrt()).to(train.device)
+    axes = (axes / (variances + epsilon * variances[-1]).clamp(min=1e-12).sqrt()).to(train.device)  # 0 if collapsed
     return (train - mean) @ axes, (test - mean) @ axes
 
 
@@ -289,6 +289,7 @@ def main():
     check_arguments(arguments)
     trained, untrained, config = load_model(arguments)
     device = bagssl.start_process(arguments.device)
+    torch.set_float32_matmul_precision("highest")  # TensorFloat-32 is too coarse for L-BFGS
     scale, size, whole_size = view_sizes(config, arguments)
     train_images, train_labels = load_split(config, arguments, "train")
     test_images, test_labels = load_split(config, arguments, "test")

@@ -638,7 +638,7 @@ def losses(run, every=10, key="loss"):
 
 
 def saved_step(run):
-    return bagssl.load_checkpoint(run / "checkpoint.pt")["step"]
+    return bagssl.load_checkpoint(run / "checkpoint.pt")[0]["step"]
 
 
 def same_weights(run, other):
@@ -824,7 +824,7 @@ def test_bad_numbers_stop_a_run_and_leave_its_checkpoint(tiny, out, what, monkey
     told = run(*tiny, "--save-every", 0, code=1).stderr
     assert "the loss or its gradient is not finite in steps 31 to 40" in told
     assert "--lr" in told and told.count("\n") == 1 and saved_step(out) == 30
-    assert all(x.isfinite().all() for x in bagssl.load_checkpoint(out / "checkpoint.pt")["encoder"].values())
+    assert all(x.isfinite().all() for x in bagssl.load_checkpoint(out / "checkpoint.pt")[0]["encoder"].values())
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
@@ -884,7 +884,7 @@ def test_processes_train_as_one_compiled_or_not(tmp_path):
         command(*calling(compute_in_float32), *arguments, *flags, launcher=launcher)
 
     def weights(name):
-        encoder = bagssl.load_checkpoint(tmp_path / name / "checkpoint.pt")["encoder"]
+        encoder = bagssl.load_checkpoint(tmp_path / name / "checkpoint.pt")[0]["encoder"]
         return {key: value for key, value in encoder.items() if "num_batches" not in key}
 
     for name in ("4", "2 compiled"):
@@ -1008,6 +1008,7 @@ def test_whitened_features_are_uncorrelated_with_equal_variances():
     noisy = torch.cat([x, 1e-4 * torch.rand(500, 1)], 1)
     assert eval_linear.whiten(noisy, noisy)[0].std(0).min() < 0.01  # what hardly varies stays small
     assert eval_linear.whiten(x, x)[1].mean(0).abs().max() < 1e-4
+    assert not eval_linear.whiten(torch.ones(20, 4), torch.ones(5, 4))[1].any()  # collapsed
 
 
 def test_knn_votes_as_a_loop_does():
@@ -1274,7 +1275,7 @@ def test_trials_train_and_probe_without_the_images_held_out(tiny_run, tmp_path):
     *_, first, second = printed.splitlines()
     for row, lr in ((first, "1e-4"), (second, "1e-3")):
         assert re.fullmatch(rf"\| {lr} \| 16,16,8 \| \d+ \|( \d+\.\d \|){{3}}", row)
-        checkpoint = bagssl.load_checkpoint(tmp_path / f"lr={lr}-projector=16,16,8/checkpoint.pt")
+        checkpoint, _, _ = bagssl.load_checkpoint(tmp_path / f"lr={lr}-projector=16,16,8/checkpoint.pt")
         assert checkpoint["config"]["lr"] == float(lr) and checkpoint["config"]["projector"] == (16, 16, 8)
         assert checkpoint["step"] == 15 * (22 // 8)  # epochs of the images kept
     assert command(*arguments).stdout == printed  # nothing is trained again
@@ -1358,11 +1359,9 @@ def test_bad_checkpoints(tiny_run, tiny, out, tmp_path, refused):
     other["encoder"]["projector.head.weight"] = other["encoder"].pop("projector.0.weight")
     torch.save(other, tmp_path / "other.pt")
     torch.save(Bomb(), tmp_path / "bomb.pt")
-    for name, words in (("none.pt", "no checkpoint at"), ("run/checkpoint.pt", "damaged"),
-                        ("foreign.pt", "not a checkpoint of"), ("old.pt", "not a checkpoint of this version"),
-                        ("other.pt", "not a checkpoint of this version"),
-                        ("bomb.pt", "damaged")):
-        assert words in refused("--checkpoint", tmp_path / name, script=eval_linear)
+    assert "no checkpoint at" in refused("--checkpoint", tmp_path / "none.pt", script=eval_linear)
+    for name in ("run/checkpoint.pt", "foreign.pt", "old.pt", "other.pt", "bomb.pt"):
+        assert "not a checkpoint of this version" in refused("--checkpoint", tmp_path / name, script=eval_linear)
     assert not (tmp_path / "exploded").exists()
     assert "damaged" in refused(*tiny)
 
