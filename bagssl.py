@@ -24,7 +24,6 @@ infrastructure: images, the demo's images, processes, the run, the command line.
 """
 
 import argparse
-import dataclasses
 import functools
 import hashlib
 import inspect
@@ -73,7 +72,7 @@ class Config:
     num_patches: int = 4  # V, patches per image and step
     batch_size: int = 256  # B, images per step, over all processes
     epochs: int = 30  # passes over the images
-    lr: float = 0.1  # peak learning rate of SGD with Nesterov momentum 0.9
+    lr: float = 0.1  # learning rate of SGD with Nesterov momentum 0.9, before warm-up and cosine decay
     clip: float = 2.0  # maximum gradient norm; the first gradients are 20 times as large as later ones
     warmup: float = 0.1  # fraction of the steps over which the learning rate rises
     weight_decay: float = 1e-4  # not applied to the normalisation's parameters
@@ -87,8 +86,8 @@ class Config:
 
 
 PRESETS = {
-    # Ten classes need few dimensions of z. Two patches of an image have little in common here, and with
-    # cov_weight=1 the invariance term dominates.
+    # Ten classes need few dimensions of z. Two patches of an image have little in common here, so the invariance
+    # term is large; cov_weight=10 balances it.
     "demo": dict(image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
     # Smaller batches allow more steps in the same time. With inv_weight=25, z collapses early on.
@@ -208,7 +207,8 @@ def augment(patches, u, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, j
     patches: float (..., 3, s, s) in [0, 1]. u: (..., 8), uniform numbers in [0, 1). A patch is flipped with
     probability 1/2. With probability jitter_prob it is jittered as in torchvision's ColorJitter: its
     brightness, contrast and saturation are scaled by factors in 1 +- their strength, and its hue is shifted
-    by at most `hue` of a full turn. Returns the same shape and range. Raises ValueError on other inputs.
+    by at most `hue` of a full turn. Returns the same shape and range. Raises ValueError unless patches are
+    float, with 3 channels.
     """
     if not patches.is_floating_point() or patches.shape[-3] != 3:
         raise ValueError(f"augment takes float patches (..., 3, s, s) in [0, 1], not {patches.dtype} "
@@ -340,14 +340,13 @@ class Encoder(nn.Module):
 #
 # What this learns, in the paper's terms: let p(x1, x2) be the joint distribution of two patches of one image, and p(x)
 # its marginal. The density ratio p(x1, x2) / (p(x1) p(x2)) says how much more often than by chance two patches occur
-# together. The paper's first loss fits w z1.z2, for a constant w > 0, to that ratio:
-#     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - p(x1, x2) / (p(x1) p(x2)))^2 ].
-# Expand the square and use E_{p(x1) p(x2)}[(z1.z2)^2] = || E[z z^T] ||_F^2. Up to a constant, L_C = 2 w L_S, where
+# together. The paper's first loss, L_C, fits w z1.z2, for a constant w > 0, to that ratio; expand its square, and up to
+# a constant it is 2 w times the paper's second loss, L_S:
+#     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - p(x1, x2) / (p(x1) p(x2)))^2 ]
 #     L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2
-# is the paper's second loss: it pulls together patches that occur together, and keeps the second moments of z small.
-# Let z now be centred, with variance 1 in each dimension. Then E |z1 - z2|^2 = const - 2 E[z1.z2] (invariance), and
-# || E[z z^T] ||_F^2 = const + sum_{d != e} cov_de^2 (covariance). VICReg subtracts the mean, and its hinge keeps each
-# variance from falling below 1.
+# If z is centred, with variance 1 in each dimension, then up to constants -2 E[z1.z2] is E |z1 - z2|^2 (invariance) and
+# || E[z z^T] ||_F^2 is sum_{d != e} cov_de^2 (covariance). VICReg subtracts the mean, and its hinge keeps each variance
+# from falling below 1.
 
 
 def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, rank=0, world_size=1):
@@ -361,8 +360,8 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
     Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. Computed in float32
     (float64 if z is), also under autocast. Raises ValueError on a z of another shape.
 
-    rank, world_size: if several processes hold all of z, each computes its own share of the covariance
-    term, times world_size. The mean of their losses is the loss, and the mean of their gradients its gradient.
+    rank, world_size: if each of several processes holds all of z, process `rank` computes 1 / world_size of the
+    covariance term, and multiplies it by world_size. Averaged over the processes, loss and gradient are exact.
     """
     if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"vicreg_loss takes z (B, V, D) with B >= 2 and V >= 2, not {tuple(z.shape)}")
@@ -419,8 +418,9 @@ class BagOfPatches(nn.Module):
 #
 # Everything random is a function of the seed and the step: each process draws the numbers of the whole batch and keeps
 # those of its own images. So the patches do not depend on the number of processes, and a resumed run draws the same
-# images, crops and augmentations as an uninterrupted one. RANK is this process's rank among WORLD_SIZE processes; what
-# else is not defined above is in *Images*, *Processes* and *The run*.
+# images, crops and augmentations as an uninterrupted one. RANK is this process's rank among WORLD_SIZE processes.
+# `training_images` and `batches` are in *Images*; `gather`, `autocast` and `generator_for` in *Processes*;
+# `find_checkpoint` and `Run` in *The run*.
 
 
 def training_views(images, u, config):
@@ -463,7 +463,7 @@ def train(config, device):
             loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
                                       rank=RANK, world_size=WORLD_SIZE)
             optimizer.zero_grad()
-            loss.backward()  # `gather` sums gradients over processes, DDP averages: that is the whole batch's gradient
+            loss.backward()  # `gather` sums gradients over processes, DDP averages them: exact for the whole batch
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)  # the norm before clipping
             warmup = min(1, (step + 1) / (config.warmup * steps + 1))
             for group in optimizer.param_groups:
@@ -486,7 +486,7 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
     """Load a set of images: uint8 (N, 3, image_size, image_size) and labels int64 (N,), or None without labels.
 
     split: "pretrain" (labels may be missing), "train" or "test". Without `data`, the dataset "demo" is generated, and
-    others are read from the folder data/DATASET; with `data`, from DATA/DATASET if it exists, else from DATA. The
+    the folder of others is ./data/`dataset`. With `data`, it is `data`/`dataset` if that exists, else `data`. The
     folder holds torchvision's files of the dataset (downloaded if no `data` is given), or train/ and val/ or test/
     with a subfolder for each class, or, for pretraining, images at any depth. Raises UserError if there are none,
     or if some are broken.
@@ -527,9 +527,7 @@ def find_images(dataset, data, split, image_size, cache, seed):
 
 def load_torchvision(name, folder, split, download=False):
     """One of torchvision's sets: uint8 (N, 3, S, S), labels (N,); None if it is missing and not to be downloaded."""
-    which = {"train": split != "test"}
-    if name == "STL10":
-        which = {"split": "train+unlabeled" if split == "pretrain" else split}
+    which = {"split": split.replace("pretrain", "train+unlabeled")} if name == "STL10" else {"train": split != "test"}
     try:
         found = getattr(torchvision.datasets, name)(folder, download=download, **which)
     except (OSError, RuntimeError) as error:
@@ -546,20 +544,19 @@ def load_folder(folder, split, size, cache=""):
     if not folder.is_dir():
         return None
     train, test = folder / "train", folder / ("val" if (folder / "val").is_dir() else "test")
-    chosen = {"train": train, "test": test, "pretrain": train if train.is_dir() else folder}[split]
+    chosen = folder if not train.is_dir() else test if split == "test" else train
     found = torchvision.datasets.folder.make_dataset(  # at any depth
         str(chosen), {".": 0}, torchvision.datasets.folder.IMG_EXTENSIONS, allow_empty=True)
-    names, labels = sorted(os.path.relpath(path, chosen) for path, _ in found), None
+    names = sorted(os.path.relpath(path, chosen) for path, _ in found)
     names = [name for name in names if f"{os.sep}." not in os.sep + name]  # skip hidden files and folders
     classes = sorted(path.name for path in train.glob("[!.]*") if path.is_dir())
     class_names = [name.split(os.sep)[0] for name in names]
-    if names and set(class_names) <= set(classes):
-        labels = np.searchsorted(classes, class_names)
-    elif split != "pretrain":
+    labels = np.searchsorted(classes, class_names) if names and set(class_names) <= set(classes) else None
+    if not names and (split == "pretrain" or not train.is_dir()):
+        return None
+    if labels is None and split != "pretrain":
         raise UserError(f"{folder} has no labels, which a probe needs: its images must lie in class folders, the same "
                         f"ones in train/ and in val/ or test/")
-    elif not names:
-        return None
     return decode_folder(chosen, names, size, Path(cache or folder / ".bagssl")), labels
 
 
@@ -644,9 +641,9 @@ def batches(images, labels, config, rows, device, start, steps):
     def read(step):
         epoch, batch = divmod(step, N // B)  # an epoch's last, incomplete batch is left out
         indices = order(epoch)[batch * B:(batch + 1) * B][rows]
-        with torch.cuda.device(device if to_gpu else -1):  # else the new thread would occupy memory on the first
+        with torch.cuda.device(device if to_gpu else -1):  # -1: none; a new thread would start on GPU 0
             chosen = images.new_empty(len(indices), *images.shape[1:], pin_memory=to_gpu)
-        parts = 1 if images.is_cuda else 16  # a disk reads several at once
+        parts = 1 if images.is_cuda else min(16, 1 + chosen.nbytes // 2 ** 20)  # a disk reads several MB at once
         list(readers.map(lambda some, out: torch.index_select(images, 0, some, out=out),
                          indices.chunk(parts), chosen.chunk(parts)))
         return chosen.to(device, non_blocking=to_gpu), None if labels is None else labels[indices].to(device)
@@ -755,7 +752,7 @@ def gather(x):
 class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm1d or 2d with statistics over the batches of all processes, which must be equally large.
 
-    torch's SyncBatchNorm does not support CPUs; in every layer it waits for the GPU and breaks a compiled graph.
+    torch's SyncBatchNorm has no CPU version; in every layer it waits for the GPU and breaks a compiled graph.
     """
 
     def _check_input_dim(self, x):
@@ -791,7 +788,7 @@ class NormalizeBatch(torch.autograd.Function):
             gradient, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True])
         sums = torch.stack(totals)  # of gradient * (x - mean) / sqrt(var + eps), and of gradient
         dist.all_reduce(sums)
-        # The gradient through mean and var is scale * normalised x + shift, which F.batch_norm computes.
+        # The gradient through mean and var is -(scale * normalised x + shift), computed by F.batch_norm.
         scale, shift = sums * weight * (var + ctx.eps).rsqrt() * x.shape[1] / (dist.get_world_size() * x.numel())
         return x_gradient - F.batch_norm(x, mean, var, scale, shift, eps=ctx.eps), None, None, *totals, None
 
@@ -886,7 +883,7 @@ class Run:
         if labels is not None and labels.max() > 0:  # more than one class
             self.probe = OnlineProbe(encoder.backbone.width, int(labels.max()) + 1).to(device)
             self.state |= {"probe": self.probe, "probe_optimizer": self.probe.optimizer}
-        log, lines = self.out / "log.jsonl", [json.dumps({"step": 0, "config": dataclasses.asdict(config)}) + "\n"]
+        log, lines = self.out / "log.jsonl", [json.dumps({"step": 0, "config": vars(config)}) + "\n"]
         if checkpoint:
             self.start = checkpoint["step"]
             for name in self.state.keys() & checkpoint.keys():
@@ -908,7 +905,7 @@ class Run:
         self.begun = self.saved = time.monotonic()
 
     def __enter__(self):  # signals are only recorded, however often they come: torchrun repeats Ctrl-C
-        self.handlers = {number: signal.signal(number, lambda number, _: self.signals.append(number))
+        self.handlers = {number: signal.signal(number, lambda received, _: self.signals.append(received))
                          for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -941,7 +938,7 @@ class Run:
         if RANK == 0:
             self.report(done, means, h)
         if last or stop or due:
-            self.save("checkpoint.pt", {"config": dataclasses.asdict(self.config), "step": done,
+            self.save("checkpoint.pt", {"config": vars(self.config), "step": done,
                                         **{name: part.state_dict() for name, part in self.state.items()}})
             self.saved = time.monotonic()
         if stop and not last:
@@ -968,7 +965,7 @@ class Run:
         self.log.write(json.dumps(entry) + "\n")
 
     def save(self, name, content):
-        """Write a file on the first process; the others wait, since torchrun ends the writer when another ends."""
+        """Write a file on the first process. The others wait: when one process ends, torchrun ends all of them."""
         if RANK == 0:
             save_atomically(self.out / name, content)
         if WORLD_SIZE > 1:
@@ -990,15 +987,15 @@ class Progress:
         self.next = time.monotonic() + delay
 
     def due(self, last=False):
-        if RANK > 0 or time.monotonic() < self.next and not last:
-            return False
-        self.next = time.monotonic() + 10
-        return True
+        due = RANK == 0 and (last or time.monotonic() >= self.next)
+        if due:
+            self.next = time.monotonic() + 10
+        return due
 
 
 def effective_rank(h):
     """exp of the entropy of the normalised singular values of centred h (N, D): from 1, collapsed, to min(N - 1, D)."""
-    h = h.detach()[:1024].float().cpu()  # not every device has eigvalsh
+    h = h.detach()[:1024].cpu().double()  # not every device has eigvalsh, or float64
     h = h - h.mean(0)
     squares = torch.linalg.eigvalsh(h.T @ h if len(h) > h.shape[1] else h @ h.T)  # far cheaper than an SVD
     spectrum = squares.clamp(min=0).sqrt()
@@ -1117,22 +1114,24 @@ def check_config(c, processes):
 
 
 def run_cli(main):
-    """Call main(). An error that a person can fix becomes one sentence on stderr and exit code 2, divergence code 1."""
+    """Call main(). Errors that a person can fix become one line on stderr and exit code 2; divergence, exit code 1."""
+    default = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that `finally` clauses run
     try:
         main()
     except (UserError, FloatingPointError, RuntimeError, MemoryError) as error:
         sentence, _, _ = str(error).partition("\n")
-        if not isinstance(error, (UserError, FloatingPointError)):
-            if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
+        if isinstance(error, (RuntimeError, MemoryError)):
+            if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
                 raise
             sentence = f"out of memory ({sentence}); give a smaller --batch-size or --num-patches"
         if LOCAL_RANK > 0:
-            time.sleep(5)  # the first process mostly has the same error: once it has ended, torchrun ends this one
+            time.sleep(5)  # let the first process print the error, once: when it ends, torchrun ends this one
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
+        signal.signal(signal.SIGTERM, default)
         if dist.is_initialized():
             dist.destroy_process_group()
 
