@@ -161,7 +161,7 @@ def grid_patches(images, per_side, scale, size=None):
 
 
 def _cut(images, top, left, side, size):
-    """The squares whose corners are top and left, int64 (B, V) or (1, V); side: an int, or of the same shape."""
+    """Cut squares whose upper left corners are (top, left), int64 (B, V) or (1, V); side: an int, or of that shape."""
     if isinstance(side, int) and size in (None, side):
         windows = images.unfold(2, side, 1).unfold(3, side, 1)  # all of them, as a view: (B, C, top, left, s, s)
         image = torch.arange(len(images), device=images.device)[:, None]  # (B, 1)
@@ -169,7 +169,8 @@ def _cut(images, top, left, side, size):
     # Crop and resize at once: each patch has a matrix of weights for its rows, and one for its columns.
     rows = _resize_weights(top, side, images.shape[-2], size)  # (B or 1, V, size, H)
     columns = _resize_weights(left, side, images.shape[-1], size)  # (B or 1, V, size, W)
-    patches = torch.einsum("bvyh,bchw,bvxw->bvcyx", rows, images.float(), columns)
+    with torch.autocast(images.device.type, enabled=False):  # bfloat16 is too coarse for pixels
+        patches = torch.einsum("bvyh,bchw,bvxw->bvcyx", rows, images.float(), columns)
     if not images.is_floating_point():
         patches = patches.round().clamp(0, 255)  # rounding errors can leave [0, 255]
     return patches.to(images.dtype)
@@ -252,8 +253,8 @@ def _shift_hue(patches, shift):
 # ----------------------------------------------------------------------------------------------------------------------
 # Encoder
 #
-# The backbone's output h = f(x) is the embedding of a patch x, and is kept after training; the projector's output z =
-# g(h) is its projection, on which the loss acts (the paper's section 2).
+# The backbone f gives the embedding h = f(x) of a patch x, and is kept after training. The projector g gives its
+# projection z = g(h), on which the loss acts (the paper's section 2).
 #
 # `PatchNet` is a network for small patches. Its first layer is fixed and whitens the pixels, as in Keller Jordan's
 # airbench. Smooth colour dominates the pixels' variance, although edges and texture are what tells patches apart;
@@ -335,13 +336,10 @@ class Encoder(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Loss
 #
-# The invariance term pulls the projections of an image's patches together; the variance and covariance terms keep them
-# from collapsing to a point or a line.
-#
-# What this learns, in the paper's terms: let p(x1, x2) be the joint distribution of two patches of one image, and p(x)
-# its marginal. The density ratio p(x1, x2) / (p(x1) p(x2)) says how much more often than by chance two patches occur
-# together. The paper's first loss, L_C, fits w z1.z2, for a constant w > 0, to that ratio; expand its square, and up to
-# a constant it is 2 w times the paper's second loss, L_S:
+# What VICReg learns, in the paper's terms: let p(x1, x2) be the joint distribution of two patches of one image, and
+# p(x) its marginal. The density ratio p(x1, x2) / (p(x1) p(x2)) says how much more often than by chance two patches
+# occur together. The paper's first loss, L_C, fits w z1.z2, for a constant w > 0, to that ratio; expand its square, and
+# up to a constant it is 2 w times the paper's second loss, L_S:
 #     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - p(x1, x2) / (p(x1) p(x2)))^2 ]
 #     L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2
 # If z is centred, with variance 1 in each dimension, then up to constants -2 E[z1.z2] is E |z1 - z2|^2 (invariance) and
@@ -476,8 +474,8 @@ def train(config, device):
 # ----------------------------------------------------------------------------------------------------------------------
 # Images
 #
-# The method ends above; everything below is infrastructure. Whatever the source, images arrive as one uint8 tensor (N,
-# 3, S, S): decoded once, not once per epoch, and kept on the GPU if they fit.
+# Whatever the source, images arrive as one uint8 tensor (N, 3, S, S): decoded once, not once per epoch, and kept on the
+# GPU if they fit.
 
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashionmnist": "FashionMNIST"}
 
@@ -496,7 +494,7 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
         node, _ = dist.new_subgroups(LOCAL_WORLD_SIZE, backend="gloo", timeout=timedelta(days=1))
         dist.broadcast_object_list(found, RANK - LOCAL_RANK, node)
     (pixels, labels), source = found[0]
-    images = torch.from_numpy(np.load(pixels, mmap_mode="c") if isinstance(pixels, Path) else pixels)  # c: writable
+    images = torch.from_numpy(np.load(pixels, mmap_mode="c") if isinstance(pixels, Path) else pixels)  # copy on write
     if images.shape[-1] != image_size:
         images = torch.cat([torchvision.transforms.functional.resize(block, [image_size, image_size])
                             for block in images.split(1024)])
@@ -947,7 +945,7 @@ class Run:
             sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
 
     def report(self, done, means, h):
-        """Add a line to log.jsonl; every ten seconds with the effective rank and the speed, and printed."""
+        """Add a line to log.jsonl. Every ten seconds, add the effective rank and the speed to it, and print it."""
         entry = {"step": done, **means, "lr": self.optimizer.param_groups[0]["lr"]}
         if self.progress.due(last=done == self.steps):
             seconds, effective = (time.monotonic() - self.begun) / (done - self.start), effective_rank(h)  # per step
@@ -1057,7 +1055,7 @@ def load_checkpoint(path):
 
 
 def load_encoder(path):
-    """The trained encoder in eval mode, on the CPU, and its Config, from a checkpoint.pt; errors as above."""
+    """The trained encoder in eval mode, on the CPU, and its Config, from a checkpoint.pt; see `load_checkpoint`."""
     return load_checkpoint(path)[1:]
 
 
