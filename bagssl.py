@@ -884,6 +884,9 @@ class Run:
         log, lines = self.out / "log.jsonl", [json.dumps({"step": 0, "config": vars(config)}) + "\n"]
         if checkpoint:
             self.start = checkpoint["step"]
+            if checkpoint.get("steps", steps) != steps:
+                raise UserError(f"{self.out} holds a run of {checkpoint['steps']:,} steps, not {steps:,}: the number of "
+                                f"images has changed; give another --out")
             for name in self.state.keys() & checkpoint.keys():
                 self.state[name].load_state_dict(checkpoint[name])
             if RANK == 0 and log.exists():  # later steps are repeated, and logged again
@@ -936,7 +939,7 @@ class Run:
         if RANK == 0:
             self.report(done, means, h)
         if last or stop or due:
-            self.save("checkpoint.pt", {"config": vars(self.config), "step": done,
+            self.save("checkpoint.pt", {"config": vars(self.config), "step": done, "steps": self.steps,
                                         **{name: part.state_dict() for name, part in self.state.items()}})
             self.saved = time.monotonic()
         if stop and not last:
@@ -1038,8 +1041,8 @@ def save_atomically(path, content):
 def load_checkpoint(path):
     """Read a checkpoint.pt: its content, the trained encoder in eval mode, on the CPU, and its Config.
 
-    The content is a dict of config, step, encoder, optimizer and, with labels, probe and probe_optimizer. No code
-    in the file is run. Raises UserError if it is missing, damaged, or of another program or version.
+    The content is a dict of config, step, steps, encoder, optimizer and, with labels, probe and probe_optimizer. No
+    code in the file is run. Raises UserError if it is missing, damaged, or of another program or version.
     """
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}; train one with bagssl.py, which prints where it saves")

@@ -739,6 +739,12 @@ def test_a_finished_run_is_left_alone_and_what_cannot_continue_is_refused(tiny_r
     assert "complete (give another --out" in run(*again).stdout
     sentence = refused(*again, "--lr", 0.5)
     assert "another config" in sentence and "lr was 0.0001, is 0.5" in sentence
+    added = [next((tiny_run.data / "train").iterdir()) / f"added{i}.png" for i in range(8)]
+    for path in added:
+        write_image(path)
+    assert "a run of 45 steps, not 60: the number of images has changed" in refused(*again)
+    for path in added:
+        path.unlink()
     assert before == {path.name: path.read_bytes() for path in tiny_run.out.iterdir()}
     (tmp_path / "precious.txt").write_text("mine")
     assert "holds no run" in refused(*tiny, "--out", tmp_path)
