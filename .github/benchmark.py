@@ -414,6 +414,16 @@ def compare_training(images):
             len(images) * CONFIG.num_patches)
 
 
+def compare_pooling():
+    maps = torch.randn(256, 1024, 4, 4, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn(256, 1024, dtype=torch.bfloat16)
+    maps.requires_grad_()
+    sides = {"mean": lambda x: x.mean((2, 3)), "avg_pool2d": lambda x: nn.functional.avg_pool2d(x, 4).flatten(1),
+             "sum / 16, ours": lambda x: x.sum((2, 3)) / 16}
+    compare("ReLU, mean over 256 x 1024 maps of 4 x 4, and gradient, bfloat16", 9, {
+        name: lambda pool=pool: torch.autograd.grad(pool(maps.relu()), maps, gradient) for name, pool in sides.items()})
+
+
 def time_probe():
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(10, (60_000,), generator=generator)
@@ -448,6 +458,7 @@ def ratios():
     compare_input(noise)
     compare_losses()
     compare_bag(noise)
+    compare_pooling()
     compare_training(noise[:128])
     time_probe()
     time_decoding()
