@@ -72,7 +72,7 @@ class Config:
     num_patches: int = 4  # V, patches per image and step
     batch_size: int = 256  # B, images per step, over all processes
     epochs: int = 30  # passes over the images
-    lr: float = 0.1  # learning rate of SGD with Nesterov momentum 0.9, before warm-up and cosine decay
+    lr: float = 0.1  # learning rate of SGD with Nesterov momentum 0.9, before warm-up and decay; for any batch size
     clip: float = 2.0  # maximum gradient norm; the first gradients are 20 times as large as later ones
     warmup: float = 0.1  # fraction of the steps over which the learning rate rises
     weight_decay: float = 1e-4  # not applied to the normalisation's parameters
@@ -885,8 +885,8 @@ class Run:
         if checkpoint:
             self.start = checkpoint["step"]
             if checkpoint.get("steps", steps) != steps:
-                raise UserError(f"{self.out} holds a run of {checkpoint['steps']:,} steps, not {steps:,}: the number of "
-                                f"images has changed; give another --out")
+                raise UserError(f"{self.out} holds a run of {checkpoint['steps']:,} steps, not {steps:,}: the number "
+                                f"of images has changed; give another --out")
             for name in self.state.keys() & checkpoint.keys():
                 self.state[name].load_state_dict(checkpoint[name])
             if RANK == 0 and log.exists():  # later steps are repeated, and logged again
