@@ -72,7 +72,7 @@ class Config:
     num_patches: int = 4  # V, patches per image and step
     batch_size: int = 256  # B, images per step, over all processes
     epochs: int = 30  # passes over the images
-    lr: float = 0.1  # learning rate of SGD with Nesterov momentum 0.9, before warm-up and decay; for any batch size
+    lr: float = 0.1  # learning rate (SGD, Nesterov momentum 0.9) before warm-up and decay; the same for any batch size
     clip: float = 2.0  # maximum gradient norm; the first gradients are 20 times as large as later ones
     warmup: float = 0.1  # fraction of the steps over which the learning rate rises
     weight_decay: float = 1e-4  # not applied to the normalisation's parameters
@@ -285,8 +285,8 @@ def whitening_filters(images, epsilon=0.01):
 class PatchNet(nn.Module):
     """A backbone for small patches: standardised patches (N, 3, s, s) -> h (N, widths[-1]).
 
-    A fixed layer of `whitening_filters`, three convolutions of 3 x 3 and one of 1 x 1, and global average
-    pooling. Patches of 16 x 16 pixels give feature maps of side 14, 7, 4, 4, 4.
+    A fixed layer, to which `train` copies `whitening_filters`, three convolutions of 3 x 3 and one of 1 x 1, and
+    global average pooling. Patches of 16 x 16 pixels give feature maps of side 14, 7, 4, 4, 4.
     """
 
     def __init__(self, widths=(64, 128, 256, 1024), stem_stride=1):
@@ -467,7 +467,7 @@ def train(config, device):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * warmup * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.step()
-            run.after_step(step, loss, terms, norm, h, classes)  # every tenth: check for nan, log, save, obey signals
+            run.after_step(step, loss, terms, norm, h, classes)
         run.finish()
 
 
@@ -484,10 +484,10 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
     """Load a set of images: uint8 (N, 3, image_size, image_size) and labels int64 (N,), or None without labels.
 
     split: "pretrain" (labels may be missing), "train" or "test". Without `data`, the dataset "demo" is generated, and
-    the folder of others is ./data/`dataset`. With `data`, it is `data`/`dataset` if that exists, else `data`. The
-    folder holds torchvision's files of the dataset (downloaded if no `data` is given), or train/ and val/ or test/
-    with a subfolder for each class, or, for pretraining, images at any depth. Raises UserError if there are none,
-    or if some are broken.
+    any other is looked for in ./data/`dataset`. With `data`, its folder is `data`/`dataset` if that exists, else
+    `data`. The folder holds torchvision's files of the dataset (downloaded if no `data` is given), or train/ and val/
+    or test/ with a subfolder for each class, or, for pretraining, images at any depth. Raises UserError if there are
+    none, or if some are broken.
     """
     found = [find_images(dataset, data, split, image_size, cache, seed) if LOCAL_RANK == 0 else None]
     if dist.is_initialized():  # a million files are listed once per node, not by every process
@@ -639,9 +639,9 @@ def batches(images, labels, config, rows, device, start, steps):
     def read(step):
         epoch, batch = divmod(step, N // B)  # an epoch's last, incomplete batch is left out
         indices = order(epoch)[batch * B:(batch + 1) * B][rows]
-        with torch.cuda.device(device if to_gpu else -1):  # -1: none; a new thread would start on GPU 0
+        with torch.cuda.device(device if to_gpu else -1):  # not on GPU 0, a new thread's; -1: no change
             chosen = images.new_empty(len(indices), *images.shape[1:], pin_memory=to_gpu)
-        parts = 1 if images.is_cuda else min(16, 1 + chosen.nbytes // 2 ** 20)  # a disk reads several MB at once
+        parts = 1 if images.is_cuda else min(16, 1 + chosen.nbytes // 2 ** 20)  # a thread per MB: disks serve several
         list(readers.map(lambda some, out: torch.index_select(images, 0, some, out=out),
                          indices.chunk(parts), chosen.chunk(parts)))
         return chosen.to(device, non_blocking=to_gpu), None if labels is None else labels[indices].to(device)
@@ -884,7 +884,7 @@ class Run:
         log, lines = self.out / "log.jsonl", [json.dumps({"step": 0, "config": vars(config)}) + "\n"]
         if checkpoint:
             self.start = checkpoint["step"]
-            if checkpoint.get("steps", steps) != steps:
+            if checkpoint["steps"] != steps:
                 raise UserError(f"{self.out} holds a run of {checkpoint['steps']:,} steps, not {steps:,}: the number "
                                 f"of images has changed; give another --out")
             for name in self.state.keys() & checkpoint.keys():
@@ -915,7 +915,7 @@ class Run:
             signal.signal(number, handler)
 
     def after_step(self, step, loss, terms, norm, h, labels):
-        """Add up a step's metrics; every tenth step check and log their means, save if it is time, obey a signal."""
+        """Add up a step's metrics. Every tenth step log their means, stop on nan, save if it is time, obey signals."""
         metrics = {"loss": loss.detach(), **terms, "gradient_norm": norm, "clipped": (norm > self.config.clip).float()}
         if self.probe:
             metrics["probe_top1"] = self.probe(h.unflatten(0, (-1, self.config.num_patches)), labels)
@@ -963,7 +963,11 @@ class Run:
                 self.warned = True
                 print(f"warning: the embeddings have collapsed to effective rank {effective:.1f} at step {done}: start "
                       f"again with a lower --lr or --inv-weight, and another --out", file=sys.stderr)
-        self.log.write(json.dumps(entry) + "\n")
+        try:
+            self.log.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.out}/log.jsonl ({error}); make room there, or give another --out. "
+                            f"What was saved before is intact") from error
 
     def save(self, name, content):
         """Write a file on the first process. The others wait: when one process ends, torchrun ends all of them."""
@@ -1051,6 +1055,8 @@ def load_checkpoint(path):
         config = Config(**checkpoint["config"])
         encoder = Encoder(config.arch, config.stem_stride, config.projector)
         encoder.load_state_dict(checkpoint["encoder"])
+        if missing := {"step", "steps", "optimizer"} - checkpoint.keys():
+            raise KeyError(missing)
     except Exception as error:  # whatever torch raises on a damaged or foreign file
         raise UserError(f"{path} is damaged, or not a checkpoint of this version of bagssl.py "
                         f"({type(error).__name__} on reading it); give another, or train again") from error
@@ -1124,7 +1130,7 @@ def run_cli(main):
         if isinstance(error, (RuntimeError, MemoryError)):
             if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
                 raise
-            sentence = f"out of memory ({sentence}); give a smaller --batch-size or --num-patches"
+            sentence = f"out of memory ({sentence or 'MemoryError'}); give a smaller --batch-size or --num-patches"
         if LOCAL_RANK > 0:
             time.sleep(5)  # let the first process print the error, once: when it ends, torchrun ends this one
         print(f"error: {sentence}", file=sys.stderr, flush=True)

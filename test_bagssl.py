@@ -876,6 +876,15 @@ def test_a_full_disk_is_told_and_what_was_saved_stays(tiny, out, tmp_path, monke
     told = refused(*tiny, "--save-every", 0)
     assert "No space left" in told and "cannot write" in told
     assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "log.jsonl"} and saved_step(out) == 20
+    monkeypatch.setattr(torch, "save", save)
+
+    def open_full_log(path, mode, **options):
+        return open("/dev/full" if mode == "a" else path, mode, **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(bagssl, "open", open_full_log, raising=False)
+        told = refused(*tiny)
+    assert "No space left" in told and "log.jsonl" in told and saved_step(out) == 20
     (tmp_path / "file").write_text("")
     assert "cannot write" in refused(*tiny, "--out", tmp_path / "file/run")
 
@@ -1376,9 +1385,12 @@ def test_bad_checkpoints(tiny_run, tiny, out, tmp_path, refused):
     other = torch.load(tiny_run.checkpoint, weights_only=True)
     other["encoder"]["projector.head.weight"] = other["encoder"].pop("projector.0.weight")
     torch.save(other, tmp_path / "other.pt")
+    part = torch.load(tiny_run.checkpoint, weights_only=True)
+    del part["optimizer"]
+    torch.save(part, tmp_path / "part.pt")
     torch.save(Bomb(), tmp_path / "bomb.pt")
     assert "no checkpoint at" in refused("--checkpoint", tmp_path / "none.pt", script=eval_linear)
-    for name in ("run/checkpoint.pt", "foreign.pt", "old.pt", "other.pt", "bomb.pt"):
+    for name in ("run/checkpoint.pt", "foreign.pt", "old.pt", "other.pt", "part.pt", "bomb.pt"):
         assert "not a checkpoint of this version" in refused("--checkpoint", tmp_path / name, script=eval_linear)
     assert not (tmp_path / "exploded").exists()
     assert "damaged" in refused(*tiny)
