@@ -81,7 +81,7 @@ class Config:
     cov_weight: float = 1.0  # weight of the covariance term
     seed: int = 0  # random seed of the initial weights, the order of the images, the patches, and the demo's images
     device: str = ""  # cuda, mps, cpu; default: the best there is
-    compile: str = "auto"  # yes, no, or auto: only with CUDA
+    compile: str = "auto"  # yes, no; auto: with CUDA, and in runs of 5,000 steps or more on a CPU with a C++ compiler
     save_every: float = 5.0  # minutes between checkpoints
 
 
@@ -91,7 +91,7 @@ PRESETS = {
     "demo": dict(image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
     # Smaller batches allow more steps in the same time. inv_weight=25 costs two to three points.
-    "cifar10-cpu": dict(dataset="cifar10", batch_size=64, epochs=32, projector=(1024, 1024, 1024), inv_weight=10.0),
+    "cifar10-cpu": dict(dataset="cifar10", batch_size=64, epochs=39, projector=(1024, 1024, 1024), inv_weight=10.0),
     "cifar10": dict(dataset="cifar10", arch="resnet18"),
     "cifar100": dict(dataset="cifar100", arch="resnet18"),
     # The paper's patches, 32 x 32 pixels of 224 x 224, and its network.
@@ -446,11 +446,11 @@ def train(config, device):
               {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}]  # of the normalisation
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay,
                                 fused=True)
-    model, views = parallelize_and_compile(encoder, training_views, config, device)
 
     B, V, b = config.batch_size, config.num_patches, config.batch_size // WORLD_SIZE
     rows = slice(RANK * b, (RANK + 1) * b)  # this process's share of a batch
     steps = config.epochs * (len(images) // B)
+    model, views = parallelize_and_compile(encoder, training_views, config, device, steps)
     with Run(config, device, encoder, optimizer, steps, checkpoint, labels) as run:  # resumes from the checkpoint
         for step, batch, classes in batches(images, labels, config, rows, device, run.start, steps):
             u = torch.rand(B, V, 11, generator=generator_for(config.seed, "patches", step))[rows]
@@ -791,14 +791,26 @@ class NormalizeBatch(torch.autograd.Function):
         return x_gradient - F.batch_norm(x, mean, var, scale, shift, eps=ctx.eps), None, None, *totals, None
 
 
-def parallelize_and_compile(encoder, views, config, device):
-    """The encoder and `views` as training calls them: the encoder under DDP, both compiled if the config says so."""
+def parallelize_and_compile(encoder, views, config, device, steps):
+    """The encoder and `views` as training calls them: the encoder under DDP, both compiled as config.compile says."""
     if WORLD_SIZE > 1:
         encoder = nn.parallel.DistributedDataParallel(  # starts all processes with the first one's weights
             encoder, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    if config.compile == "yes" or (config.compile == "auto" and device.type == "cuda"):
+    pays = device.type == "cuda" or (device.type == "cpu" and steps >= 5000)  # compiling takes half a minute
+    if config.compile == "yes" or (config.compile == "auto" and pays and compiler_works(device)):
+        if RANK == 0:
+            print("compile: yes; the first steps take half a minute or more", flush=True)
         encoder, views = torch.compile(encoder), torch.compile(views)  # around DDP, which overlaps its communication
     return encoder, views
+
+
+def compiler_works(device):
+    """Whether torch.compile works here. On a CPU it needs a C++ compiler, on a GPU Triton and a C compiler."""
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except Exception:  # what is missing decides what is raised
+        return False
+    return True
 
 
 def start_process(name):

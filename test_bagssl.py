@@ -921,6 +921,17 @@ def test_processes_train_as_one_compiled_or_not(tmp_path):
         assert_close(weights(name), weights("1"), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("setting, steps, compiler, compiled", [
+    ("yes", 1, True, True), ("no", 5000, True, False), ("auto", 4999, True, False), ("auto", 5000, True, True),
+    ("auto", 5000, False, False)])
+def test_a_long_run_on_a_cpu_is_compiled_if_there_is_a_compiler(monkeypatch, setting, steps, compiler, compiled):
+    broken = Mock(side_effect=RuntimeError("no C++ compiler"))  # torch.compile fails when its result is called
+    monkeypatch.setattr(torch, "compile", lambda part: functools.partial(part if compiler else broken))
+    network, config = nn.Linear(2, 2), bagssl.Config(compile=setting)
+    parts = bagssl.parallelize_and_compile(network, len, config, torch.device("cpu"), steps)
+    assert [isinstance(part, functools.partial) for part in parts] == [compiled, compiled]
+
+
 def kill_a_process_once():
     """One of two processes kills itself in step 13, the first time round."""
     if bagssl.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -1268,7 +1279,7 @@ def count_a_real_step():
     bagssl.has_bf16 = lambda device: True  # slowly, where it is not native
     encoder = bagssl.Encoder(config.arch, config.stem_stride, config.projector)
     optimizer = benchmark.make_optimizer(encoder, config)
-    model, _ = bagssl.parallelize_and_compile(encoder, bagssl.training_views, config, device)
+    model, _ = bagssl.parallelize_and_compile(encoder, bagssl.training_views, config, device, 3)
     x = benchmark.make_input(torch.zeros(config.batch_size // 2, 3, 32, 32, dtype=torch.uint8), 0, config)
     for _ in range(3):  # in its second step DistributedDataParallel arranges its buckets anew
         with benchmark.Communication() as communication, benchmark.FlopCounterMode(display=False) as flops:
