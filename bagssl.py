@@ -91,7 +91,7 @@ PRESETS = {
     "demo": dict(image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
     # Smaller batches allow more steps in the same time. inv_weight=25 costs two to three points.
-    "cifar10-cpu": dict(dataset="cifar10", batch_size=64, epochs=39, projector=(1024, 1024, 1024), inv_weight=10.0),
+    "cifar10-cpu": dict(dataset="cifar10", batch_size=64, epochs=35, projector=(1024, 1024, 1024), inv_weight=10.0),
     "cifar10": dict(dataset="cifar10", arch="resnet18"),
     "cifar100": dict(dataset="cifar100", arch="resnet18"),
     # The paper's patches, 32 x 32 pixels of 224 x 224, and its network.
@@ -421,14 +421,15 @@ class BagOfPatches(nn.Module):
 # `find_checkpoint` and `Run` in *The run*.
 
 
-def training_views(images, u, config):
-    """The encoder's input: V random patches per image, augmented and standardised.
+def training_views(images, u, config, augmented=True):
+    """The encoder's input: V random patches per image, augmented (unless `augmented` is False) and standardised.
 
     images: uint8 (B, 3, S, S). u: (B, V, 11), uniform numbers in [0, 1). Returns (B V, 3, s, s).
     """
     scale = config.patch_scale if len(config.patch_scale) == 2 else config.patch_scale[0]
     patches = crop_patches(images, u[..., :3], scale, config.patch_size or None)
-    patches = augment(patches / 255, u[..., 3:])
+    if augmented:
+        patches = augment(patches / 255, u[..., 3:])
     return normalize(patches).flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
 
@@ -451,10 +452,13 @@ def train(config, device):
     rows = slice(RANK * b, (RANK + 1) * b)  # this process's share of a batch
     steps = config.epochs * (len(images) // B)
     model, views = parallelize_and_compile(encoder, training_views, config, device, steps)
+
+    def draw(step):  # the eleven numbers of each of this process's patches
+        return torch.rand(B, V, 11, generator=generator_for(config.seed, "patches", step))[rows].to(device)
+
     with Run(config, device, encoder, optimizer, steps, checkpoint, labels) as run:  # resumes from the checkpoint
         for step, batch, classes in batches(images, labels, config, rows, device, run.start, steps):
-            u = torch.rand(B, V, 11, generator=generator_for(config.seed, "patches", step))[rows]
-            x = views(batch, u.to(device), config)  # (b V, 3, s, s)
+            x = views(batch, draw(step), config)  # (b V, 3, s, s)
             with autocast(device):
                 h, z = model(x)  # (b V, D), (b V, D')
             z = gather(z.unflatten(0, (-1, V)))  # (B, V, D')
@@ -468,7 +472,13 @@ def train(config, device):
                 group["lr"] = config.lr * warmup * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.step()
             run.after_step(step, loss, terms, norm, h, classes)
-        run.finish()
+        if run.start < steps:  # else the run was complete
+            # Patches to be embedded later are not augmented: take the normalisation's statistics from such patches.
+            plain = (training_views(batch, draw(step), config, augmented=False)
+                     for step, batch, _ in batches(images, None, config, rows, device, 0, 100))
+            with autocast(device):
+                torch.optim.swa_utils.update_bn(plain, encoder)
+            run.finish()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -765,8 +775,10 @@ class BatchNorm(nn.BatchNorm2d):
             means, variances = gather(torch.stack([mean, var])[None]).unbind(1)  # (world size, C)
             mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
             count = dist.get_world_size() * x.numel() // x.shape[1]
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum  # None: average all
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(var * count / (count - 1), share)
         return NormalizeBatch.apply(x, mean, var, self.weight, self.bias, self.eps)
 
 
@@ -950,10 +962,8 @@ class Run:
         self.sums, self.logged = 0, done
         if RANK == 0:
             self.report(done, means, h)
-        if last or stop or due:
-            self.save("checkpoint.pt", {"config": vars(self.config), "step": done, "steps": self.steps,
-                                        **{name: part.state_dict() for name, part in self.state.items()}})
-            self.saved = time.monotonic()
+        if (stop or due) and not last:
+            self.save_checkpoint(done)
         if stop and not last:
             if RANK == 0:
                 print(f"stopped after step {done} of {self.steps} and saved; the same command continues it", flush=True)
@@ -981,6 +991,11 @@ class Run:
             raise UserError(f"cannot write {self.out}/log.jsonl ({error}); make room there, or give another --out. "
                             f"What was saved before is intact") from error
 
+    def save_checkpoint(self, done):
+        self.save("checkpoint.pt", {"config": vars(self.config), "step": done, "steps": self.steps,
+                                    **{name: part.state_dict() for name, part in self.state.items()}})
+        self.saved = time.monotonic()
+
     def save(self, name, content):
         """Write a file on the first process. The others wait: when one process ends, torchrun ends all of them."""
         if RANK == 0:
@@ -989,9 +1004,10 @@ class Run:
             dist.barrier()
 
     def finish(self):
-        """Write backbone.pt and say what to do next."""
+        """Write backbone.pt and the last checkpoint.pt, and say what to do next."""
         self.save("backbone.pt", self.encoder.backbone.state_dict())
-        if RANK == 0 and self.start < self.steps:
+        self.save_checkpoint(self.steps)
+        if RANK == 0:
             took = timedelta(seconds=round(time.monotonic() - self.begun))
             print(f"trained for {took}; saved {self.out}/checkpoint.pt and {self.out}/backbone.pt\n"
                   f"probe it: python eval_linear.py --checkpoint {self.out}/checkpoint.pt")

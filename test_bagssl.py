@@ -662,10 +662,10 @@ def before_steps(monkeypatch, steps, action):
     """Call an action just before some steps, counted from 1."""
     views, count = bagssl.training_views, itertools.count(1)
 
-    def views_after_action(*arguments):
+    def views_after_action(*arguments, **settings):
         if next(count) in steps:
             action()
-        return views(*arguments)
+        return views(*arguments, **settings)
 
     monkeypatch.setattr(bagssl, "training_views", views_after_action)
 
@@ -783,10 +783,42 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tiny_run, tin
     assert last.exitcode == 0 and same_weights(out, tiny_run.out)
     means = [np.mean(losses(out, every=1)[i:i + 10]) for i in range(0, 45, 10)]
     assert means == pytest.approx(losses(tiny_run.out), rel=1e-6)
-    (out / "backbone.pt").unlink()  # as after a kill between the last checkpoint and it
-    run(*tiny)
-    assert same_weights(out, tiny_run.out)
     assert not list(out.glob(".*"))  # what half-written checkpoints left has been cleared away
+
+
+def test_a_run_whose_backbone_could_not_be_written_is_not_complete(tiny_run, tiny, out, run, monkeypatch):
+    save = bagssl.save_atomically
+
+    def fail(path, content):
+        if path.name == "backbone.pt":
+            raise bagssl.UserError("no room")
+        save(path, content)
+
+    monkeypatch.setattr(bagssl, "save_atomically", fail)
+    run(*tiny, "--save-every", 0, code=2)
+    assert saved_step(out) == 40
+    monkeypatch.undo()
+    assert "at step 40 of 45" in run(*tiny).stdout and same_weights(out, tiny_run.out)
+
+
+def test_the_saved_statistics_are_of_plain_patches(tiny_run):
+    """The first normalisation's, against a loop over the patches of the first 100 steps."""
+    encoder, c = bagssl.load_encoder(tiny_run.checkpoint)
+    images, _ = bagssl.load_images(c.dataset, c.data, "pretrain", c.image_size)
+    convolution, normalisation, *_ = encoder.backbone.layers
+    means, variances = [], []
+    for step in range(100):
+        epoch, batch = divmod(step, len(images) // c.batch_size)
+        order = torch.randperm(len(images), generator=bagssl.generator_for(c.seed, "order", epoch))
+        chosen = images[order[batch * c.batch_size:(batch + 1) * c.batch_size]]
+        u = torch.rand(c.batch_size, c.num_patches, 11, generator=bagssl.generator_for(c.seed, "patches", step))
+        patches = bagssl.normalize(bagssl.crop_patches(chosen, u[..., :3], c.patch_scale[0]).flatten(0, 1))
+        maps = convolution(encoder.backbone.whiten(patches).relu()).detach().double().transpose(0, 1).flatten(1)
+        means.append(maps.mean(1))
+        variances.append(maps.var(1))
+    deviation = normalisation.running_var.double().sqrt()
+    assert ((normalisation.running_mean - sum(means) / 100) / deviation).abs().max() < 0.01  # bfloat16
+    assert (normalisation.running_var / (sum(variances) / 100) - 1).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -911,8 +943,7 @@ def test_processes_train_as_one_compiled_or_not(tmp_path):
         command(*calling(compute_in_float32), *arguments, *flags, launcher=launcher)
 
     def weights(name):
-        encoder = bagssl.load_checkpoint(tmp_path / name / "checkpoint.pt")[0]["encoder"]
-        return {key: value for key, value in encoder.items() if "num_batches" not in key}
+        return bagssl.load_checkpoint(tmp_path / name / "checkpoint.pt")[0]["encoder"]
 
     for name in ("4", "2 compiled"):
         assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
