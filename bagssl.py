@@ -59,12 +59,12 @@ from torch import nn
 @dataclass
 class Config:
     preset: str = ""  # demo, cifar10, cifar10-cpu, cifar100, imagenet; default: cifar10 with CUDA, else demo
-    dataset: str = "demo"  # demo; cifar10, cifar100, stl10, fashionmnist; or the name of a folder DATA/DATASET
+    dataset: str = "demo"  # demo, cifar10, cifar100, stl10, fashionmnist; any other: a folder DATA/DATASET, else DATA
     data: str = ""  # folder of images, or of torchvision's files; default: data/DATASET, downloaded if missing
     cache: str = ""  # folder for decoded images; default: .bagssl in the folder of images, shared by all runs
     out: str = ""  # folder of the run; default: runs/PRESET; an interrupted run there is continued
     arch: str = "patchnet"  # patchnet, made for small patches; resnet18, resnet34, resnet50, as in published work
-    stem_stride: int = 1  # stride of the first layer: 1 or 2; 4: a resnet's own stem, a 7x7 convolution and max-pooling
+    stem_stride: int = 1  # stride of the first layer, 1 or 2; 4: a resnet's own stem, 7x7 convolution and max-pooling
     projector: tuple = (2048, 2048, 2048)  # widths of the projector's layers
     image_size: int = 32  # images are resized to this short side and centre-cropped to a square
     patch_scale: tuple = (0.25,)  # a patch's fraction of the image's area; two values: a range (multi-scale)
@@ -72,8 +72,8 @@ class Config:
     num_patches: int = 4  # V, patches per image and step
     batch_size: int = 256  # B, images per step, over all processes
     epochs: int = 30  # passes over the images
-    lr: float = 0.1  # learning rate (SGD, Nesterov momentum 0.9) before warm-up and decay; the same for any batch size
-    clip: float = 2.0  # maximum gradient norm; the first gradients are 20 times as large as later ones
+    lr: float = 0.1  # maximum learning rate, not scaled by the batch size (SGD, Nesterov momentum 0.9, cosine decay)
+    clip: float = 2.0  # maximum gradient norm; in the first steps, gradients can be 20 times as large as later
     warmup: float = 0.1  # fraction of the steps over which the learning rate rises
     weight_decay: float = 1e-4  # not applied to the normalisation's parameters
     inv_weight: float = 25.0  # weight of the invariance term; the defaults of all three are the VICReg authors'
@@ -90,7 +90,7 @@ PRESETS = {
     # term is large; cov_weight=10 balances it.
     "demo": dict(image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
-    # Smaller batches allow more steps in the same time. inv_weight=25 costs two to three points.
+    # Smaller batches allow more steps in the same time. The default inv_weight, 25, costs two to three points.
     "cifar10-cpu": dict(dataset="cifar10", batch_size=64, epochs=35, projector=(1024, 1024, 1024), inv_weight=10.0),
     "cifar10": dict(dataset="cifar10", arch="resnet18"),
     "cifar100": dict(dataset="cifar100", arch="resnet18"),
@@ -300,7 +300,7 @@ class PatchNet(nn.Module):
 
     def forward(self, x):
         maps = self.layers(self.whiten(x).relu())
-        return maps.sum((2, 3)) / maps[0, 0].numel()  # the backward of .mean((2, 3)) copies, channels being last
+        return maps.sum((2, 3)) / maps[0, 0].numel()  # .mean((2, 3)), but its backward pass would copy the map
 
 
 def make_backbone(arch="patchnet", stem_stride=1):
@@ -342,9 +342,10 @@ class Encoder(nn.Module):
 # up to a constant it is 2 w times the paper's second loss, L_S:
 #     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - p(x1, x2) / (p(x1) p(x2)))^2 ]
 #     L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2
-# If z is centred, with variance 1 in each dimension, then up to constants -2 E[z1.z2] is E |z1 - z2|^2 (invariance) and
-# || E[z z^T] ||_F^2 is sum_{d != e} cov_de^2 (covariance). VICReg subtracts the mean, and its hinge keeps each variance
-# from falling below 1.
+# If each dimension of z has mean 0 and variance 1, then up to constants the terms of 2 L_S are VICReg's:
+#     -2 E[z1.z2] = E |z1 - z2|^2 + const                       (invariance)
+#     w || E[z z^T] ||_F^2 = w sum_{d != e} cov_de^2 + const    (covariance)
+# VICReg subtracts the mean, and its hinge keeps each variance from falling below 1.
 
 
 def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, rank=0, world_size=1):
@@ -358,8 +359,8 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
     Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. Computed in float32
     (float64 if z is), also under autocast. Raises ValueError on a z of another shape.
 
-    rank, world_size: if each of several processes holds all of z, process `rank` computes 1 / world_size of the
-    covariance term, and multiplies it by world_size. Averaged over the processes, loss and gradient are exact.
+    rank, world_size: several processes that all hold the same z can share the work. Each computes its part of the
+    covariance term, scaled up by world_size, so that the average of loss and gradient over the processes is exact.
     """
     if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"vicreg_loss takes z (B, V, D) with B >= 2 and V >= 2, not {tuple(z.shape)}")
@@ -444,7 +445,7 @@ def train(config, device):
     encoder.to(device, memory_format=torch.channels_last)
     parameters = [p for p in encoder.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim > 1]},
-              {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}]  # of the normalisation
+              {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0}]  # BatchNorm's
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, weight_decay=config.weight_decay,
                                 fused=True)
 
@@ -473,7 +474,8 @@ def train(config, device):
             optimizer.step()
             run.after_step(step, loss, terms, norm, h, classes)
         if run.start < steps:  # else the run was complete
-            # Patches to be embedded later are not augmented: take the normalisation's statistics from such patches.
+            # The normalisation's running statistics are of augmented patches, but the encoder will be used on plain
+            # ones: replace them by averages over 100 batches of such patches.
             plain = (training_views(batch, draw(step), config, augmented=False)
                      for step, batch, _ in batches(images, None, config, rows, device, 0, 100))
             with autocast(device):
@@ -501,7 +503,7 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
     """
     found = [find_images(dataset, data, split, image_size, cache, seed) if LOCAL_RANK == 0 else None]
     if dist.is_initialized():  # a million files are listed once per node, not by every process
-        node, _ = dist.new_subgroups(LOCAL_WORLD_SIZE, backend="gloo", timeout=timedelta(days=1))
+        node, _ = dist.new_subgroups(LOCAL_WORLD_SIZE, backend="gloo", timeout=timedelta(days=1))  # decoding takes time
         dist.broadcast_object_list(found, RANK - LOCAL_RANK, node)
     (pixels, labels), source = found[0]
     images = torch.from_numpy(np.load(pixels, mmap_mode="c") if isinstance(pixels, Path) else pixels)  # copy on write
@@ -552,7 +554,9 @@ def load_folder(folder, split, size, cache=""):
     if not folder.is_dir():
         return None
     train, test = folder / "train", folder / ("val" if (folder / "val").is_dir() else "test")
-    chosen = folder if not train.is_dir() else test if split == "test" else train
+    chosen = folder
+    if train.is_dir():
+        chosen = test if split == "test" else train
     found = torchvision.datasets.folder.make_dataset(  # at any depth
         str(chosen), {".": 0}, torchvision.datasets.folder.IMG_EXTENSIONS, allow_empty=True)
     names = sorted(os.path.relpath(path, chosen) for path, _ in found)
@@ -649,9 +653,9 @@ def batches(images, labels, config, rows, device, start, steps):
     def read(step):
         epoch, batch = divmod(step, N // B)  # an epoch's last, incomplete batch is left out
         indices = order(epoch)[batch * B:(batch + 1) * B][rows]
-        with torch.cuda.device(device if to_gpu else -1):  # not on GPU 0, a new thread's; -1: no change
+        with torch.cuda.device(device if to_gpu else -1):  # a new thread's GPU is 0, and pinning uses it; -1: no change
             chosen = images.new_empty(len(indices), *images.shape[1:], pin_memory=to_gpu)
-        parts = 1 if images.is_cuda else min(16, 1 + chosen.nbytes // 2 ** 20)  # a thread per MB: disks serve several
+        parts = 1 if images.is_cuda else min(16, 1 + chosen.nbytes // 2 ** 20)  # a memory map is slow with one
         list(readers.map(lambda some, out: torch.index_select(images, 0, some, out=out),
                          indices.chunk(parts), chosen.chunk(parts)))
         return chosen.to(device, non_blocking=to_gpu), None if labels is None else labels[indices].to(device)
@@ -729,7 +733,6 @@ def demo_images(count, image_size, seed):
 # normalisation with statistics of the whole batch, projections gathered for the loss, and the average of the weights'
 # gradients (DistributedDataParallel).
 
-
 RANK = int(os.environ.get("RANK", 0))  # of this process among all
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among the LOCAL_WORLD_SIZE of this machine
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -760,7 +763,8 @@ def gather(x):
 class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm1d or 2d with statistics over the batches of all processes, which must be equally large.
 
-    torch's SyncBatchNorm has no CPU version; in every layer it waits for the GPU and breaks a compiled graph.
+    Used instead of torch's SyncBatchNorm, which has no CPU version, and in every layer waits for the GPU and breaks a
+    compiled graph.
     """
 
     def _check_input_dim(self, x):
@@ -776,7 +780,7 @@ class BatchNorm(nn.BatchNorm2d):
             mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
             count = dist.get_world_size() * x.numel() // x.shape[1]
             self.num_batches_tracked += 1
-            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum  # None: average all
+            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum  # None: equal shares
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(var * count / (count - 1), share)
         return NormalizeBatch.apply(x, mean, var, self.weight, self.bias, self.eps)
@@ -807,12 +811,13 @@ def parallelize_and_compile(encoder, views, config, device, steps):
     """The encoder and `views` as training calls them: the encoder under DDP, both compiled as config.compile says."""
     if WORLD_SIZE > 1:
         encoder = nn.parallel.DistributedDataParallel(  # starts all processes with the first one's weights
-            encoder, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+            encoder, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+            broadcast_buffers=False)  # BatchNorm keeps them equal
     pays = device.type == "cuda" or (device.type == "cpu" and steps >= 5000)  # compiling takes half a minute
     if config.compile == "yes" or (config.compile == "auto" and pays and compiler_works(device)):
         if RANK == 0:
             print("compile: yes; the first steps take half a minute or more", flush=True)
-        encoder, views = torch.compile(encoder), torch.compile(views)  # around DDP, which overlaps its communication
+        encoder, views = torch.compile(encoder), torch.compile(views)  # DDP too: it still overlaps communication
     return encoder, views
 
 
@@ -820,7 +825,8 @@ def compiler_works(device):
     """Whether torch.compile works here. On a CPU it needs a C++ compiler, on a GPU Triton and a C compiler."""
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
-    except Exception:  # what is missing decides what is raised
+    except Exception as error:  # what is missing decides what is raised
+        print(f"compile: no, as torch.compile fails here ({type(error).__name__})", flush=True)
         return False
     return True
 
@@ -842,7 +848,7 @@ def start_process(name):
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TensorFloat-32, above all for the loss
     if WORLD_SIZE > 1:
-        # torchrun --max-restarts keeps its store: the prefix hides the addresses of the processes before the restart.
+        # After a restart (torchrun --max-restarts) the store still has the old processes' addresses; a prefix hides them.
         store, *_ = next(dist.rendezvous("env://"))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=RANK,
                                 world_size=WORLD_SIZE, store=dist.PrefixStore(
@@ -913,7 +919,7 @@ class Run:
                                 f"of images has changed; give another --out")
             for name in self.state.keys() & checkpoint.keys():
                 self.state[name].load_state_dict(checkpoint[name])
-            if RANK == 0 and log.exists():  # later steps are repeated, and logged again
+            if RANK == 0 and log.exists():  # drop later steps, which are run again
                 lines = [line for line in log.read_text().splitlines(keepends=True)
                          if line.endswith("}\n") and json.loads(line)["step"] <= self.start]
         if RANK == 0:
@@ -962,9 +968,10 @@ class Run:
         self.sums, self.logged = 0, done
         if RANK == 0:
             self.report(done, means, h)
-        if (stop or due) and not last:
-            self.save_checkpoint(done)
-        if stop and not last:
+        if last or not (stop or due):
+            return
+        self.save_checkpoint(done)
+        if stop:
             if RANK == 0:
                 print(f"stopped after step {done} of {self.steps} and saved; the same command continues it", flush=True)
             sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
@@ -973,7 +980,8 @@ class Run:
         """Add a line to log.jsonl. Every ten seconds, add the effective rank and the speed to it, and print it."""
         entry = {"step": done, **means, "lr": self.optimizer.param_groups[0]["lr"]}
         if self.progress.due(last=done == self.steps):
-            seconds, effective = (time.monotonic() - self.begun) / (done - self.start), effective_rank(h)  # per step
+            seconds = (time.monotonic() - self.begun) / (done - self.start)  # per step
+            effective = effective_rank(h)
             rate = self.config.batch_size * self.config.num_patches / seconds
             left = timedelta(seconds=round(seconds * (self.steps - done)))
             entry |= {"effective_rank": effective, "patches_per_s": rate}
@@ -1005,7 +1013,7 @@ class Run:
 
     def finish(self):
         """Write backbone.pt and the last checkpoint.pt, and say what to do next."""
-        self.save("backbone.pt", self.encoder.backbone.state_dict())
+        self.save("backbone.pt", {name: x.cpu() for name, x in self.encoder.backbone.state_dict().items()})
         self.save_checkpoint(self.steps)
         if RANK == 0:
             took = timedelta(seconds=round(time.monotonic() - self.begun))
