@@ -848,7 +848,7 @@ def start_process(name):
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TensorFloat-32, above all for the loss
     if WORLD_SIZE > 1:
-        # After a restart (torchrun --max-restarts) the store still has the old processes' addresses; a prefix hides them.
+        # After a restart (torchrun --max-restarts) the store still has the old addresses: a prefix hides them.
         store, *_ = next(dist.rendezvous("env://"))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", rank=RANK,
                                 world_size=WORLD_SIZE, store=dist.PrefixStore(
