@@ -842,7 +842,7 @@ def slow_checkpoints_down():
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_signal_under_torchrun_waits_for_a_slow_checkpoint(tiny, out, terminal):
     """Ctrl-C reaches all processes at once and torchrun passes it on; a cluster's SIGTERM reaches torchrun alone."""
-    arguments = [*torchrun(2), *calling(slow_checkpoints_down), *tiny, "--epochs", 2000]
+    arguments = [*torchrun(2), *calling(slow_checkpoints_down), *tiny, "--epochs", 1500]
     job = subprocess.Popen([sys.executable, *map(str, arguments)], start_new_session=True, cwd=HERE, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = out / "log.jsonl"
