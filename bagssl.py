@@ -811,8 +811,7 @@ def parallelize_and_compile(encoder, views, config, device, steps):
     """The encoder and `views` as training calls them: the encoder under DDP, both compiled as config.compile says."""
     if WORLD_SIZE > 1:
         encoder = nn.parallel.DistributedDataParallel(  # starts all processes with the first one's weights
-            encoder, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
-            broadcast_buffers=False)  # BatchNorm keeps them equal
+            encoder, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     pays = device.type == "cuda" or (device.type == "cpu" and steps >= 5000)  # compiling takes half a minute
     if config.compile == "yes" or (config.compile == "auto" and pays and compiler_works(device)):
         if RANK == 0:
