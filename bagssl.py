@@ -655,7 +655,7 @@ def batches(images, labels, config, rows, device, start, steps):
         indices = order(epoch)[batch * B:(batch + 1) * B][rows]
         with torch.cuda.device(device if to_gpu else -1):  # a new thread's GPU is 0, and pinning uses it; -1: no change
             chosen = images.new_empty(len(indices), *images.shape[1:], pin_memory=to_gpu)
-        parts = 1 if images.is_cuda else min(16, 1 + chosen.nbytes // 2 ** 20)  # a memory map is slow with one
+        parts = 1 if images.is_cuda else min(16, 1 + chosen.nbytes // 2 ** 20)  # a disk needs several readers
         list(readers.map(lambda some, out: torch.index_select(images, 0, some, out=out),
                          indices.chunk(parts), chosen.chunk(parts)))
         return chosen.to(device, non_blocking=to_gpu), None if labels is None else labels[indices].to(device)
@@ -780,7 +780,7 @@ class BatchNorm(nn.BatchNorm2d):
             mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
             count = dist.get_world_size() * x.numel() // x.shape[1]
             self.num_batches_tracked += 1
-            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum  # None: equal shares
+            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum  # None, by update_bn: equal shares
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(var * count / (count - 1), share)
         return NormalizeBatch.apply(x, mean, var, self.weight, self.bias, self.eps)
