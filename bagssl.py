@@ -780,7 +780,8 @@ class BatchNorm(nn.BatchNorm2d):
             mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
             count = dist.get_world_size() * x.numel() // x.shape[1]
             self.num_batches_tracked += 1
-            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum  # None, by update_bn: equal shares
+            # update_bn sets momentum to None, as torch's own class takes it: all batches count alike.
+            share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(var * count / (count - 1), share)
         return NormalizeBatch.apply(x, mean, var, self.weight, self.bias, self.eps)
