@@ -575,6 +575,37 @@ def test_bad_images(tmp_path, refused, run, monkeypatch):
     assert "has no labels" in refused("--checkpoint", tmp_path / "run/checkpoint.pt", script=eval_linear)
 
 
+def test_reading_leaves_the_threads_to_training(monkeypatch):
+    used = []
+
+    def watched(function):
+        return lambda *arguments, **named: used.append(torch.get_num_threads()) or function(*arguments, **named)
+
+    for name in ("index_select", "randperm"):
+        monkeypatch.setattr(torch, name, watched(getattr(torch, name)))
+    torch.set_num_threads(2)
+    try:
+        images, config = torch.zeros(8, 3, 4, 4, dtype=torch.uint8), bagssl.Config(batch_size=4)
+        assert len(list(bagssl.batches(images, None, config, slice(None), torch.device("cpu"), 0, 2))) == 2
+        assert torch.get_num_threads() == 2 and len(used) >= 3 and set(used) == {1}
+    finally:
+        torch.set_num_threads(1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="about glibc's malloc")
+def test_freed_memory_is_used_again_without_page_faults():
+    program = """if True:
+        import resource, torch, bagssl
+        bagssl.start_process("cpu")
+        faults = []
+        for _ in range(20):
+            torch.ones(2 ** 22)  # 4,096 pages of 4 KB
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        print(faults[-1] - faults[0])
+        """
+    assert int(command("-c", program).stdout) < 4096
+
+
 def test_a_signal_while_decoding_leaves_nothing_behind(tmp_path, run, monkeypatch):
     write_image(tmp_path / "photos/0.png")
     monkeypatch.setattr(bagssl, "decode_image", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
