@@ -73,10 +73,10 @@ class Config:
     num_patches: int = 4  # V, patches per image and step
     batch_size: int = 256  # B, images per step, over all processes
     epochs: int = 30  # passes over the images
-    lr: float = 0.1  # maximum learning rate, not scaled by the batch size (SGD, Nesterov momentum 0.9, cosine decay)
+    lr: float = 0.1  # learning rate, not scaled by the batch size (SGD, Nesterov momentum 0.9; warmup, cosine decay)
     clip: float = 2.0  # maximum gradient norm; in the first steps, gradients can be 20 times as large as later
     warmup: float = 0.1  # fraction of the steps over which the learning rate rises
-    weight_decay: float = 1e-4  # not applied to the normalisation's parameters
+    weight_decay: float = 1e-4  # not applied to BatchNorm's parameters
     inv_weight: float = 25.0  # weight of the invariance term; the defaults of all three are the VICReg authors'
     var_weight: float = 25.0  # weight of the variance term
     cov_weight: float = 1.0  # weight of the covariance term
@@ -91,7 +91,7 @@ PRESETS = {
     # term is large; cov_weight=10 balances it.
     "demo": dict(image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
-    # Smaller batches allow more steps in the same time. The default inv_weight, 25, costs two to three points.
+    # Smaller batches allow more steps in the same time. An inv_weight of 25 costs two to three points of accuracy.
     "cifar10-cpu": dict(dataset="cifar10", batch_size=64, epochs=44, projector=(1024, 1024, 1024), inv_weight=10.0),
     "cifar10": dict(dataset="cifar10", arch="resnet18"),
     "cifar100": dict(dataset="cifar100", arch="resnet18"),
@@ -339,13 +339,13 @@ class Encoder(nn.Module):
 #
 # What VICReg learns, in the paper's terms: let p(x1, x2) be the joint distribution of two patches of one image, and
 # p(x) its marginal. The density ratio p(x1, x2) / (p(x1) p(x2)) says how much more often than by chance two patches
-# occur together. The paper's first loss, L_C, fits w z1.z2, for a constant w > 0, to that ratio; expand its square, and
-# up to a constant it is 2 w times the paper's second loss, L_S:
+# occur together. The paper's first loss, L_C, fits w z1.z2, for a constant w > 0, to that ratio. With the square
+# expanded, L_C is, up to a constant, 2 w times the paper's second loss, L_S:
 #     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - p(x1, x2) / (p(x1) p(x2)))^2 ]
 #     L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2
 # If each dimension of z has mean 0 and variance 1, then up to constants the terms of 2 L_S are VICReg's:
 #     -2 E[z1.z2] = E |z1 - z2|^2 + const                       (invariance)
-#     w || E[z z^T] ||_F^2 = w sum_{d != e} cov_de^2 + const    (covariance)
+#     w || E[z z^T] ||_F^2 = w sum_{d != e} cov_de^2 + const    (covariance; w = 2 cov_weight / inv_weight)
 # VICReg subtracts the mean, and its hinge keeps each variance from falling below 1.
 
 
@@ -385,8 +385,6 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bag of patches
-#
-# An image is represented by the mean of its patches' embeddings h, not of their projections z.
 
 
 class BagOfPatches(nn.Module):
@@ -467,7 +465,7 @@ def train(config, device):
             loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
                                       rank=RANK, world_size=WORLD_SIZE)
             optimizer.zero_grad()
-            loss.backward()  # `gather` sums gradients over processes, DDP averages them: exact for the whole batch
+            loss.backward()  # `gather` makes z's gradient WORLD_SIZE times too large, and DDP's average undoes that
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)  # the norm before clipping
             warmup = min(1, (step + 1) / (config.warmup * steps + 1))
             for group in optimizer.param_groups:
@@ -475,8 +473,8 @@ def train(config, device):
             optimizer.step()
             run.after_step(step, loss, terms, norm, h, classes)
         if run.start < steps:  # else the run was complete
-            # The normalisation's running statistics are of augmented patches, but the encoder will be used on plain
-            # ones: replace them by averages over 100 batches of such patches.
+            # BatchNorm's running statistics are of augmented patches, but the encoder will be used on plain ones:
+            # replace them by statistics of 100 batches of plain patches.
             plain = (training_views(batch, draw(step), config, augmented=False)
                      for step, batch, _ in batches(images, None, config, rows, device, 0, 100))
             with autocast(device):
@@ -652,17 +650,17 @@ def batches(images, labels, config, rows, device, start, steps):
         return torch.randperm(N, generator=generator_for(config.seed, "order", epoch)).to(images.device)
 
     def read(step):
-        epoch, batch = divmod(step, N // B)  # an epoch's last, incomplete batch is left out
-        indices = order(epoch)[batch * B:(batch + 1) * B][rows]
-        with torch.cuda.device(device if to_gpu else -1):  # a new thread's GPU is 0, and pinning uses it; -1: no change
+        epoch, i = divmod(step, N // B)  # an epoch's last, incomplete batch is left out
+        indices = order(epoch)[i * B:(i + 1) * B][rows]
+        with torch.cuda.device(device if to_gpu else -1):  # pinning would use GPU 0, a new thread's; -1: no change
             chosen = images.new_empty(len(indices), *images.shape[1:], pin_memory=to_gpu)
         parts = 1 if images.is_cuda else min(16, 1 + chosen.nbytes // 2 ** 20)  # a disk needs several readers
         list(readers.map(lambda some, out: torch.index_select(images, 0, some, out=out),
                          indices.chunk(parts), chosen.chunk(parts)))
         return chosen.to(device, non_blocking=to_gpu), None if labels is None else labels[indices].to(device)
 
-    # Without threads of their own below them: else OpenMP sees more threads than cores, and puts the waiting ones to
-    # sleep instead of letting them spin, for training too. That made a step on two cores a tenth slower.
+    # Each of these threads computes alone. If OpenMP had more threads than cores, those that wait, training's too,
+    # would sleep instead of spin: a step on two cores would take a tenth longer.
     alone = dict(initializer=torch.set_num_threads, initargs=(1,))
     with ThreadPoolExecutor(16, **alone) as readers, ThreadPoolExecutor(1, **alone) as thread:
         ahead = thread.submit(read, start)
@@ -807,7 +805,7 @@ class NormalizeBatch(torch.autograd.Function):
             gradient, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True])
         sums = torch.stack(totals)  # of gradient * (x - mean) / sqrt(var + eps), and of gradient
         dist.all_reduce(sums)
-        # The gradient through mean and var is -(scale * normalised x + shift), computed by F.batch_norm.
+        # The gradient through mean and var is -(scale * normalised x + shift): minus another F.batch_norm of x.
         scale, shift = sums * weight * (var + ctx.eps).rsqrt() * x.shape[1] / (dist.get_world_size() * x.numel())
         return x_gradient - F.batch_norm(x, mean, var, scale, shift, eps=ctx.eps), None, None, *totals, None
 
@@ -927,16 +925,16 @@ class Run:
                                 f"of images has changed; give another --out")
             for name in self.state.keys() & checkpoint.keys():
                 self.state[name].load_state_dict(checkpoint[name])
-            if RANK == 0 and log.exists():  # drop later steps, which are run again
+            if RANK == 0 and log.exists():  # drop later steps, which are run again, and a line that was cut off
                 lines = [line for line in log.read_text().splitlines(keepends=True)
                          if line.endswith("}\n") and json.loads(line)["step"] <= self.start]
         if RANK == 0:
             side = config.patch_size or patch_side(config.image_size, config.image_size, config.patch_scale[0])
             parameters = sum(p.numel() for p in encoder.parameters()) / 1e6
-            state = f"at step {self.start} of" if self.start < steps else "complete (give another --out for a new run):"
+            where = f"at step {self.start} of" if self.start < steps else "complete (give another --out for a new run):"
             print(f"model:   {config.arch} with projector, {parameters:.1f} M parameters, on {device.type} in "
                   f"{'bfloat16' if has_bf16(device) else 'float32'}, processes: {WORLD_SIZE}\n"
-                  f"run:     {config.out} (preset {config.preset}), {state} {steps:,} steps of {config.batch_size} "
+                  f"run:     {config.out} (preset {config.preset}), {where} {steps:,} steps of {config.batch_size} "
                   f"images, {config.num_patches} patches of {side} x {side} each", flush=True)
             save_atomically(log, "".join(lines).encode())
             self.log, self.progress, self.warned = open(log, "a", buffering=1), Progress(delay=0), False
@@ -1013,7 +1011,7 @@ class Run:
         self.saved = time.monotonic()
 
     def save(self, name, content):
-        """Write a file on the first process. The others wait: when one process ends, torchrun ends all of them."""
+        """Write a file on the first process. The others wait: if one failed meanwhile, torchrun would end all."""
         if RANK == 0:
             save_atomically(self.out / name, content)
         if WORLD_SIZE > 1:
@@ -1036,8 +1034,7 @@ class Progress:
         self.next = time.monotonic() + delay
 
     def due(self, last=False):
-        due = RANK == 0 and (last or time.monotonic() >= self.next)
-        if due:
+        if due := RANK == 0 and (last or time.monotonic() >= self.next):
             self.next = time.monotonic() + 10
         return due
 
@@ -1170,13 +1167,13 @@ def run_cli(main):
     try:
         main()
     except (UserError, FloatingPointError, RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
+            raise
         sentence, _, _ = str(error).partition("\n")
         if isinstance(error, (RuntimeError, MemoryError)):
-            if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
-                raise
             sentence = f"out of memory ({sentence or 'MemoryError'}); give a smaller --batch-size or --num-patches"
         if LOCAL_RANK > 0:
-            time.sleep(5)  # let the first process print the error, once: when it ends, torchrun ends this one
+            time.sleep(5)  # let the first process print the error, once: when that has ended, torchrun ends this one
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except KeyboardInterrupt:
