@@ -584,6 +584,7 @@ def test_reading_leaves_the_threads_to_training(monkeypatch):
     for name in ("index_select", "randperm"):
         monkeypatch.setattr(torch, name, watched(getattr(torch, name)))
     torch.set_num_threads(2)
+    torch.ones(2 ** 16)  # a thread takes over the number at its first large operation
     try:
         images, config = torch.zeros(8, 3, 4, 4, dtype=torch.uint8), bagssl.Config(batch_size=4)
         assert len(list(bagssl.batches(images, None, config, slice(None), torch.device("cpu"), 0, 2))) == 2
@@ -599,11 +600,11 @@ def test_freed_memory_is_used_again_without_page_faults():
         bagssl.start_process("cpu")
         faults = []
         for _ in range(20):
-            torch.ones(2 ** 22)  # 4,096 pages of 4 KB
+            torch.ones(2 ** 24)  # 16,384 pages of 4 KB
             faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
-        print(faults[-1] - faults[0])
+        print(faults[-1] - faults[9])
         """
-    assert int(command("-c", program).stdout) < 4096
+    assert int(command("-c", program).stdout) < 16_384
 
 
 def test_a_signal_while_decoding_leaves_nothing_behind(tmp_path, run, monkeypatch):
