@@ -652,7 +652,7 @@ def batches(images, labels, config, rows, device, start, steps):
     def read(step):
         epoch, i = divmod(step, N // B)  # an epoch's last, incomplete batch is left out
         indices = order(epoch)[i * B:(i + 1) * B][rows]
-        with torch.cuda.device(device if to_gpu else -1):  # pinning would use GPU 0, a new thread's; -1: no change
+        with torch.cuda.device(device if to_gpu else -1):  # pinning uses a thread's GPU, at first 0; -1: no change
             chosen = images.new_empty(len(indices), *images.shape[1:], pin_memory=to_gpu)
         parts = 1 if images.is_cuda else min(16, 1 + chosen.nbytes // 2 ** 20)  # a disk needs several readers
         list(readers.map(lambda some, out: torch.index_select(images, 0, some, out=out),
@@ -660,7 +660,7 @@ def batches(images, labels, config, rows, device, start, steps):
         return chosen.to(device, non_blocking=to_gpu), None if labels is None else labels[indices].to(device)
 
     # Each of these threads computes alone. If OpenMP had more threads than cores, those that wait, training's too,
-    # would sleep instead of spin: a step on two cores would take a tenth longer.
+    # would sleep instead of spinning: a step on two cores would take a tenth longer.
     alone = dict(initializer=torch.set_num_threads, initargs=(1,))
     with ThreadPoolExecutor(16, **alone) as readers, ThreadPoolExecutor(1, **alone) as thread:
         ahead = thread.submit(read, start)
