@@ -82,7 +82,7 @@ class Config:
     cov_weight: float = 1.0  # weight of the covariance term
     seed: int = 0  # random seed of the initial weights, the order of the images, the patches, and the demo's images
     device: str = ""  # cuda, mps, cpu; default: the best there is
-    compile: str = "auto"  # yes, no; auto: with CUDA, and in runs of 5,000 steps or more on a CPU with a C++ compiler
+    compile: str = "auto"  # yes, no; auto: with CUDA; on a CPU it gains a few per cent at most
     save_every: float = 5.0  # minutes between checkpoints
 
 
@@ -451,7 +451,7 @@ def train(config, device):
     B, V, b = config.batch_size, config.num_patches, config.batch_size // WORLD_SIZE
     rows = slice(RANK * b, (RANK + 1) * b)  # this process's share of a batch
     steps = config.epochs * (len(images) // B)
-    model, views = parallelize_and_compile(encoder, training_views, config, device, steps)
+    model, views = parallelize_and_compile(encoder, training_views, config, device)
 
     def draw(step):  # the eleven numbers of each of this process's patches
         return torch.rand(B, V, 11, generator=generator_for(config.seed, "patches", step))[rows].to(device)
@@ -810,27 +810,16 @@ class NormalizeBatch(torch.autograd.Function):
         return x_gradient - F.batch_norm(x, mean, var, scale, shift, eps=ctx.eps), None, None, *totals, None
 
 
-def parallelize_and_compile(encoder, views, config, device, steps):
+def parallelize_and_compile(encoder, views, config, device):
     """The encoder and `views` as training calls them: the encoder under DDP, both compiled as config.compile says."""
     if WORLD_SIZE > 1:
         encoder = nn.parallel.DistributedDataParallel(  # starts all processes with the first one's weights
             encoder, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-    pays = device.type == "cuda" or (device.type == "cpu" and steps >= 5000)  # compiling takes half a minute
-    if config.compile == "yes" or (config.compile == "auto" and pays and compiler_works(device)):
+    if config.compile == "yes" or (config.compile == "auto" and device.type == "cuda"):
         if RANK == 0:
             print("compile: yes; the first steps take half a minute or more", flush=True)
         encoder, views = torch.compile(encoder), torch.compile(views)  # DDP too: it still overlaps communication
     return encoder, views
-
-
-def compiler_works(device):
-    """Whether torch.compile works here. On a CPU it needs a C++ compiler, on a GPU Triton and a C compiler."""
-    try:
-        torch.compile(torch.neg)(torch.ones(1, device=device))
-    except Exception as error:  # what is missing decides what is raised
-        print(f"compile: no, as torch.compile fails here ({type(error).__name__})", flush=True)
-        return False
-    return True
 
 
 def start_process(name):
@@ -1167,11 +1156,14 @@ def run_cli(main):
     try:
         main()
     except (UserError, FloatingPointError, RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory", str(error)):
-            raise
         sentence, _, _ = str(error).partition("\n")
         if isinstance(error, (RuntimeError, MemoryError)):
-            sentence = f"out of memory ({sentence or 'MemoryError'}); give a smaller --batch-size or --num-patches"
+            if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+                sentence = f"out of memory ({sentence or 'MemoryError'}); give a smaller --batch-size or --num-patches"
+            elif isinstance(error, torch._dynamo.exc.TorchDynamoException):  # it needs Triton and a C or C++ compiler
+                sentence = f"torch.compile fails here ({sentence}); give --compile no"
+            else:
+                raise
         if LOCAL_RANK > 0:
             time.sleep(5)  # let the first process print the error, once: when that has ended, torchrun ends this one
         print(f"error: {sentence}", file=sys.stderr, flush=True)

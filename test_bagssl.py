@@ -917,6 +917,12 @@ def test_too_little_memory_is_a_sentence(tiny, monkeypatch, refused, error):
     assert "out of memory" in told and "--batch-size" in told and "--num-patches" in told
 
 
+def test_a_missing_compiler_is_a_sentence(tiny, tmp_path):
+    told = command(bagssl.__file__, *tiny, "--compile", "yes", code=2, CXX="missing",
+                   TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "compiled")).stderr
+    assert told.count("\n") == 1 and "C++ compiler" in told and "--compile no" in told
+
+
 def test_collapse_is_warned_of_once(tiny, monkeypatch, run):
     monkeypatch.setattr(bagssl, "LOG_EVERY", 1)
     clock = itertools.count(0, 11.0)  # so that every look is shown
@@ -984,14 +990,11 @@ def test_processes_train_as_one_compiled_or_not(tmp_path):
         assert_close(weights(name), weights("1"), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("setting, steps, compiler, compiled", [
-    ("yes", 1, True, True), ("no", 5000, True, False), ("auto", 4999, True, False), ("auto", 5000, True, True),
-    ("auto", 5000, False, False)])
-def test_a_long_run_on_a_cpu_is_compiled_if_there_is_a_compiler(monkeypatch, setting, steps, compiler, compiled):
-    broken = Mock(side_effect=RuntimeError("no C++ compiler"))  # torch.compile fails when its result is called
-    monkeypatch.setattr(torch, "compile", lambda part: functools.partial(part if compiler else broken))
-    network, config = nn.Linear(2, 2), bagssl.Config(compile=setting)
-    parts = bagssl.parallelize_and_compile(network, len, config, torch.device("cpu"), steps)
+@pytest.mark.parametrize("setting, device, compiled", [
+    ("yes", "cpu", True), ("no", "cuda", False), ("auto", "cpu", False), ("auto", "cuda", True)])
+def test_a_gpu_compiles_by_default(monkeypatch, setting, device, compiled):
+    monkeypatch.setattr(torch, "compile", functools.partial)
+    parts = bagssl.parallelize_and_compile(nn.Linear(2, 2), len, bagssl.Config(compile=setting), torch.device(device))
     assert [isinstance(part, functools.partial) for part in parts] == [compiled, compiled]
 
 
@@ -1342,7 +1345,7 @@ def count_a_real_step():
     bagssl.has_bf16 = lambda device: True  # slowly, where it is not native
     encoder = bagssl.Encoder(config.arch, config.stem_stride, config.projector)
     optimizer = benchmark.make_optimizer(encoder, config)
-    model, _ = bagssl.parallelize_and_compile(encoder, bagssl.training_views, config, device, 3)
+    model, _ = bagssl.parallelize_and_compile(encoder, bagssl.training_views, config, device)
     x = benchmark.make_input(torch.zeros(config.batch_size // 2, 3, 32, 32, dtype=torch.uint8), 0, config)
     for _ in range(3):  # in its second step DistributedDataParallel arranges its buckets anew
         with benchmark.Communication() as communication, benchmark.FlopCounterMode(display=False) as flops:

@@ -118,7 +118,7 @@ def profile(flags, warm_up=3, rounds=20):
     encoder = bagssl.Encoder(config.arch, config.stem_stride, config.projector)
     encoder.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(encoder, config)
-    model, views = bagssl.parallelize_and_compile(encoder, bagssl.training_views, config, device, steps)
+    model, views = bagssl.parallelize_and_compile(encoder, bagssl.training_views, config, device)
     backbone, projector = encoder.backbone, encoder.projector
     if views is not bagssl.training_views:  # compiled, as the backbone and the projector are within the model
         backbone, projector = torch.compile(backbone), torch.compile(projector)
