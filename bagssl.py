@@ -60,7 +60,7 @@ from torch import nn
 @dataclass
 class Config:
     preset: str = ""  # demo, cifar10, cifar10-cpu, cifar100, imagenet; default: cifar10 with CUDA, else demo
-    dataset: str = "demo"  # demo, cifar10, cifar100, stl10, fashionmnist; any other: a folder DATA/DATASET, else DATA
+    dataset: str = "cifar10"  # or demo, cifar100, stl10, fashionmnist; other names: any images, in DATA/DATASET or DATA
     data: str = ""  # folder of images, or of torchvision's files; default: data/DATASET, downloaded if missing
     cache: str = ""  # folder for decoded images; default: .bagssl in the folder of images, shared by all runs
     out: str = ""  # folder of the run; default: runs/PRESET; an interrupted run there is continued
@@ -82,14 +82,14 @@ class Config:
     cov_weight: float = 1.0  # weight of the covariance term
     seed: int = 0  # random seed of the initial weights, the order of the images, the patches, and the demo's images
     device: str = ""  # cuda, mps, cpu; default: the best there is
-    compile: str = "auto"  # yes, no; auto: with CUDA; on a CPU it gains a few per cent at most
+    compile: str = "auto"  # yes, no, or auto: with CUDA only (on a CPU it gains a few per cent at most)
     save_every: float = 5.0  # minutes between checkpoints
 
 
 PRESETS = {
     # Ten classes need few dimensions of z. Two patches of an image have little in common here, so the invariance
     # term is large; cov_weight=10 balances it.
-    "demo": dict(image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
+    "demo": dict(dataset="demo", image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
     # Smaller batches allow more steps in the same time. An inv_weight of 25 costs two to three points of accuracy.
     "cifar10-cpu": dict(dataset="cifar10", batch_size=64, epochs=44, projector=(1024, 1024, 1024), inv_weight=10.0),
@@ -110,7 +110,8 @@ class UserError(Exception):
 #
 # The method sees an image only through square patches of a fixed scale. A patch's scale is the fraction of the image's
 # area that it covers. A patch is a pure function of its image and of eleven uniform random numbers: two place it, one
-# scales it (in the multi-scale baseline only), and eight augment it. One tensor of them makes all patches of a step.
+# sets its scale (if that is a range, as in the usual multi-scale crops), and eight augment it. A step draws one tensor
+# of them, (B, V, 11).
 
 
 def patch_side(height, width, scale):
@@ -162,7 +163,7 @@ def grid_patches(images, per_side, scale, size=None):
 
 
 def _cut(images, top, left, side, size):
-    """Cut squares whose upper left corners are (top, left), int64 (B, V) or (1, V); side: an int, or of that shape."""
+    """Cut squares. top, left: their upper left corners, int64 (B, V) or (1, V). side: an int, or int64 (B, V)."""
     if isinstance(side, int) and size in (None, side):
         windows = images.unfold(2, side, 1).unfold(3, side, 1)  # all of them, as a view: (B, C, top, left, s, s)
         image = torch.arange(len(images), device=images.device)[:, None]  # (B, 1)
@@ -206,8 +207,8 @@ def augment(patches, u, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, j
             solarize_prob=0.1):
     """Flip, jitter, grey and solarise each patch with its own random numbers.
 
-    patches: float (..., 3, s, s) in [0, 1]. u: (..., 8), uniform numbers in [0, 1). A patch is flipped with
-    probability 1/2. With probability jitter_prob it is jittered as in torchvision's ColorJitter: its
+    patches: float (..., 3, s, s) in [0, 1]. u: (..., 8), uniform numbers in [0, 1), of the same dtype. A patch
+    is flipped with probability 1/2. With probability jitter_prob it is jittered as in torchvision's ColorJitter: its
     brightness, contrast and saturation are scaled by factors in 1 +- their strength, and its hue is shifted
     by at most `hue` of a full turn. Returns the same shape and range. Raises ValueError unless patches are
     float, with 3 channels.
@@ -286,8 +287,8 @@ def whitening_filters(images, epsilon=0.01):
 class PatchNet(nn.Module):
     """A backbone for small patches: standardised patches (N, 3, s, s) -> h (N, widths[-1]).
 
-    A fixed layer, to which `train` copies `whitening_filters`, three convolutions of 3 x 3 and one of 1 x 1, and
-    global average pooling. Patches of 16 x 16 pixels give feature maps of side 14, 7, 4, 4, 4.
+    A fixed first layer (`train` fills it with `whitening_filters`), then three convolutions of 3 x 3 and one of
+    1 x 1, then global average pooling. Patches of 16 x 16 pixels give feature maps of side 14, 7, 4, 4, 4.
     """
 
     def __init__(self, widths=(64, 128, 256, 1024), stem_stride=1):
@@ -337,13 +338,14 @@ class Encoder(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Loss
 #
-# What VICReg learns, in the paper's terms: let p(x1, x2) be the joint distribution of two patches of one image, and
-# p(x) its marginal. The density ratio p(x1, x2) / (p(x1) p(x2)) says how much more often than by chance two patches
-# occur together. The paper's first loss, L_C, fits w z1.z2, for a constant w > 0, to that ratio. With the square
-# expanded, L_C is, up to a constant, 2 w times the paper's second loss, L_S:
+# In the paper's terms, VICReg learns how much more often than by chance two patches occur together. With p(x1, x2),
+# the joint distribution of two patches of one image, and p(x), its marginal, that is the density ratio
+# p(x1, x2) / (p(x1) p(x2)). The paper's first loss, L_C, fits w z1.z2, for a constant w > 0, to the ratio. With the
+# square expanded, L_C is, up to a constant, 2 w times the paper's second loss, L_S:
 #     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - p(x1, x2) / (p(x1) p(x2)))^2 ]
 #     L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2
-# If each dimension of z has mean 0 and variance 1, then up to constants the terms of 2 L_S are VICReg's:
+# If each dimension of z has mean 0 and variance 1, then up to constants and a common factor, inv_weight / D, the terms
+# of 2 L_S are VICReg's:
 #     -2 E[z1.z2] = E |z1 - z2|^2 + const                       (invariance)
 #     w || E[z z^T] ||_F^2 = w sum_{d != e} cov_de^2 + const    (covariance; w = 2 cov_weight / inv_weight)
 # VICReg subtracts the mean, and its hinge keeps each variance from falling below 1.
@@ -352,10 +354,10 @@ class Encoder(nn.Module):
 def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, rank=0, world_size=1):
     """VICReg for V patches per image: the mean, over all pairs of patches, of the two-view loss.
 
-    z: projections (B, V, D), B >= 2 images of V >= 2 patches. For patches i and j of every image,
+    z: projections (B, V, D), B >= 2 images of V >= 2 patches. The loss of patches i and j, over all images, is
         inv_weight mse(zi, zj) + var_weight (hinge(zi) + hinge(zj)) / 2 + cov_weight (cov(zi) + cov(zj)),
         hinge(z) = mean_d relu(1 - sqrt(var_d + eps)),  cov(z) = sum_{d != e} cov_de^2 / D,
-    variances and covariances over the batch, with divisor B - 1. This is the VICReg authors' code
+    with variances and covariances over the batch, of divisor B - 1. This is the VICReg authors' code
     (Bardes, Ponce, LeCun, 2022); the equation in their paper does not halve the hinges.
     Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. Computed in float32
     (float64 if z is), also under autocast. Raises ValueError on a z of another shape.
@@ -495,10 +497,10 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
     """Load a set of images: uint8 (N, 3, image_size, image_size) and labels int64 (N,), or None without labels.
 
     split: "pretrain" (labels may be missing), "train" or "test". Without `data`, the dataset "demo" is generated, and
-    any other is looked for in ./data/`dataset`. With `data`, its folder is `data`/`dataset` if that exists, else
-    `data`. The folder holds torchvision's files of the dataset (downloaded if no `data` is given), or train/ and val/
-    or test/ with a subfolder for each class, or, for pretraining, images at any depth. Raises UserError if there are
-    none, or if some are broken.
+    any other is looked for in ./data/`dataset`. With `data`, the folder is `data`/`dataset` if that exists, else
+    `data`. It holds torchvision's files of the dataset (downloaded if no `data` is given); or train/, and val/ or
+    test/, each with a subfolder per class; or, if only for pretraining, images at any depth. Raises UserError if
+    there are none, or if some are broken.
     """
     found = [find_images(dataset, data, split, image_size, cache, seed) if LOCAL_RANK == 0 else None]
     if dist.is_initialized():  # a million files are listed once per node, not by every process
@@ -566,8 +568,8 @@ def load_folder(folder, split, size, cache=""):
     if not names and (split == "pretrain" or not train.is_dir()):
         return None
     if labels is None and split != "pretrain":
-        raise UserError(f"{folder} has no labels, which a probe needs: its images must lie in class folders, the same "
-                        f"ones in train/ and in val/ or test/")
+        raise UserError(f"{chosen} has no labelled images, which a probe needs: images must lie in class folders, the "
+                        f"same ones in train/ and in val/ or test/")
     return decode_folder(chosen, names, size, Path(cache or folder / ".bagssl")), labels
 
 
@@ -652,17 +654,21 @@ def batches(images, labels, config, rows, device, start, steps):
     def read(step):
         epoch, i = divmod(step, N // B)  # an epoch's last, incomplete batch is left out
         indices = order(epoch)[i * B:(i + 1) * B][rows]
-        with torch.cuda.device(device if to_gpu else -1):  # pinning uses a thread's GPU, at first 0; -1: no change
-            chosen = images.new_empty(len(indices), *images.shape[1:], pin_memory=to_gpu)
+        chosen = images.new_empty(len(indices), *images.shape[1:], pin_memory=to_gpu)
         parts = 1 if images.is_cuda else min(16, 1 + chosen.nbytes // 2 ** 20)  # a disk needs several readers
         list(readers.map(lambda some, out: torch.index_select(images, 0, some, out=out),
                          indices.chunk(parts), chosen.chunk(parts)))
         return chosen.to(device, non_blocking=to_gpu), None if labels is None else labels[indices].to(device)
 
-    # Each of these threads computes alone. If OpenMP had more threads than cores, those that wait, training's too,
-    # would sleep instead of spinning: a step on two cores would take a tenth longer.
-    alone = dict(initializer=torch.set_num_threads, initargs=(1,))
-    with ThreadPoolExecutor(16, **alone) as readers, ThreadPoolExecutor(1, **alone) as thread:
+    def prepare():  # each thread
+        # With more OpenMP threads than cores, those that wait, training's too, sleep instead of spinning, and a step
+        # on two cores takes a tenth longer.
+        torch.set_num_threads(1)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # else a thread would pin memory through GPU 0
+
+    with (ThreadPoolExecutor(16, initializer=prepare) as readers,
+          ThreadPoolExecutor(1, initializer=prepare) as thread):
         ahead = thread.submit(read, start)
         for step in range(start, steps):
             batch, ahead = ahead.result(), thread.submit(read, step + 1)
@@ -782,7 +788,7 @@ class BatchNorm(nn.BatchNorm2d):
             mean, var = means.mean(0), variances.mean(0) + means.var(0, correction=0)
             count = dist.get_world_size() * x.numel() // x.shape[1]
             self.num_batches_tracked += 1
-            # update_bn sets momentum to None, as torch's own class takes it: all batches count alike.
+            # None, which update_bn sets, means a plain average over the batches, as in torch's own class.
             share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(var * count / (count - 1), share)
@@ -818,7 +824,7 @@ def parallelize_and_compile(encoder, views, config, device):
     if config.compile == "yes" or (config.compile == "auto" and device.type == "cuda"):
         if RANK == 0:
             print("compile: yes; the first steps take half a minute or more", flush=True)
-        encoder, views = torch.compile(encoder), torch.compile(views)  # DDP too: it still overlaps communication
+        encoder, views = torch.compile(encoder), torch.compile(views)  # a compiled DDP still overlaps communication
     return encoder, views
 
 
@@ -836,8 +842,8 @@ def start_process(name):
                         f"give --device cuda, mps or cpu") from error
     if device.type == "cpu" and sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # Keep freed memory: returned to the system, it costs thousands of page faults in every step.
-        for threshold in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
-            libc.mallopt(threshold, 2 ** 31 - 1)
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD, in bytes
+        libc.mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD; older versions of glibc take no more
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
@@ -1000,7 +1006,7 @@ class Run:
         self.saved = time.monotonic()
 
     def save(self, name, content):
-        """Write a file on the first process. The others wait: if one failed meanwhile, torchrun would end all."""
+        """Write a file on the first process. The others wait: if one ended meanwhile, torchrun would kill the first."""
         if RANK == 0:
             save_atomically(self.out / name, content)
         if WORLD_SIZE > 1:
@@ -1017,7 +1023,7 @@ class Run:
 
 
 class Progress:
-    """Says when a line of progress is due: on the first process, every ten seconds from `delay` on, and at the end."""
+    """Says when a line of progress is due: on the first process, after `delay` seconds, every ten more, at the end."""
 
     def __init__(self, delay=10):
         self.next = time.monotonic() + delay
@@ -1143,6 +1149,8 @@ def check_config(c, processes):
     if more and (len(more) > 1 or low > more[0] or not c.patch_size):
         raise UserError(f"--patch-scale takes one value, or a low and a high one together with a --patch-size to "
                         f"resize to, not {' '.join(map(str, c.patch_scale))}")
+    if c.arch == "patchnet" and c.stem_stride == 4:
+        raise UserError("--stem-stride 4 is a ResNet's own stem; patchnet takes 1 or 2")
     side = c.patch_size or patch_side(c.image_size, c.image_size, low)
     if side < 3:
         raise UserError(f"patches must be at least 3 pixels wide, not {side}; raise --patch-scale or --patch-size")
@@ -1159,13 +1167,14 @@ def run_cli(main):
         sentence, _, _ = str(error).partition("\n")
         if isinstance(error, (RuntimeError, MemoryError)):
             if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
-                sentence = f"out of memory ({sentence or 'MemoryError'}); give a smaller --batch-size or --num-patches"
+                sentence = (f"out of memory ({sentence or 'MemoryError'}); give a smaller --batch-size or "
+                            f"--num-patches, or to a probe fewer --train-images")
             elif isinstance(error, torch._dynamo.exc.TorchDynamoException):  # it needs Triton and a C or C++ compiler
                 sentence = f"torch.compile fails here ({sentence}); give --compile no"
             else:
                 raise
         if LOCAL_RANK > 0:
-            time.sleep(5)  # let the first process print the error, once: when that has ended, torchrun ends this one
+            time.sleep(5)  # only the first process need print the error: when it ends, torchrun ends this one
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except KeyboardInterrupt:

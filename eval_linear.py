@@ -11,9 +11,9 @@
         --patch-size 224
 
 For each n, and for the whole image in one forward pass, it reports the accuracy of a linear probe (softmax regression
-on frozen, standardised features) and of a weighted kNN classifier, on the features as they are and on whitened ones.
-The results are added to eval.jsonl beside the checkpoint. Two controls, the same network untrained and raw pixels, show
-what was not learned. The probe's weight decay is chosen on a held-out tenth of the training images; test images serve
+on frozen, standardised features) and of a weighted kNN classifier, once on plain and once on whitened features. Two
+controls show what was not learned: the same network untrained, and raw pixels. The results are added to eval.jsonl
+beside the checkpoint. The probe's weight decay is chosen on a held-out tenth of the training images; test images serve
 only for the accuracies reported.
 """
 
@@ -50,7 +50,7 @@ def embed(embedder, images, device, name="", block=256):
     all features, the others None.
     """
     part = math.ceil(len(images) / WORLD_SIZE)
-    mine = torch.arange(RANK * part, (RANK + 1) * part).clamp(max=len(images) - 1)  # equal parts
+    mine = torch.arange(RANK * part, (RANK + 1) * part).clamp(max=len(images) - 1)  # to gather, parts must be
     features, progress = [], bagssl.Progress()
     for rows in mine.split(block):
         with bagssl.autocast(device):
@@ -80,6 +80,7 @@ def fit_linear(features, labels, classes, decays, iterations=100, block=8192):
     # Diagonal preconditioning: at W = 0 the Hessian's diagonal is about mean(x^2) / classes + decay.
     scale = (features.square().mean(0)[:, None] / classes + decays).rsqrt()  # (R, D, 1)
     scale = F.pad(scale, (0, 0, 0, 1), value=classes ** 0.5)  # the bias: mean(x^2) = 1, no decay
+    # L-BFGS works on `free`; the weights are free * scale.
     free = torch.zeros(*scale.shape[:2], classes, device=features.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([free], max_iter=iterations, tolerance_change=1e-7, line_search_fn="strong_wolfe")
 
@@ -105,11 +106,12 @@ def top_k(scores, labels, k):
 
 
 def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)):
-    """A linear probe's accuracy in per cent, "top1" and, with more than ten classes, "top5", and its "decay".
+    """Fit and test a linear probe: a dict of its accuracies in per cent, and of the weight decay chosen.
 
     train (N, D), test (M, D): features, standardised here with the training set's statistics. Labels: int64 (N,), (M,).
     The decay is chosen on a random tenth of the training set, held out; then the probe is fitted to the whole set.
-    Raises UserError on fewer than 10 training images.
+    Returns "top1", "top5" if there are more than ten classes, and "decay". Raises UserError on fewer than 10 training
+    images.
     """
     if len(train) < 10:
         raise UserError(f"{len(train)} images are too few to fit a probe and choose its weight decay; give 10 or more")
@@ -122,7 +124,7 @@ def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3
     held, kept = order[:len(order) // 10], order[len(order) // 10:]
     weights = fit_linear(train[kept], train_labels[kept], classes, decays)
     accuracy = [top_k(train[held] @ weight[:-1] + weight[-1], train_labels[held], 1) for weight in weights]
-    best = decays[accuracy.index(max(accuracy))]  # of equals the first, which is the strongest
+    best = decays[accuracy.index(max(accuracy))]  # on a tie the first, the strongest
     weight, = fit_linear(train, train_labels, classes, [best])
     scores = test @ weight[:-1] + weight[-1]
     ks = (1, 5) if classes > 10 else (1,)
@@ -136,22 +138,24 @@ def whiten(train, test, epsilon=1e-3):
     """
     mean = train.mean(0)
     variances, axes = torch.linalg.eigh(torch.cov(train.T).cpu())  # not every device has eigh
-    axes = (axes / (variances + epsilon * variances[-1]).clamp(min=1e-12).sqrt()).to(train.device)  # 0 if collapsed
+    variances = (variances + epsilon * variances[-1]).clamp(min=1e-12)  # in case all features are equal
+    axes = (axes / variances.sqrt()).to(train.device)
     return (train - mean) @ axes, (test - mean) @ axes
 
 
 def knn_probe(train, train_labels, test, test_labels, k=20, temperature=0.07, block=512):
     """Accuracy, in per cent, of a weighted kNN classifier (Wu et al., 2018, section 3.4).
 
-    The k nearest by cosine vote with weights exp(cosine / temperature). Features and labels as for
-    `linear_probe`, but not standardised.
+    Each of the k nearest neighbours by cosine has a vote of weight exp(cosine / temperature). Features and
+    labels as for `linear_probe`, but not standardised.
     """
     classes, correct = int(train_labels.max()) + 1, 0
     train = F.normalize(train)
     for features, labels in zip(F.normalize(test).split(block), test_labels.split(block)):
         cosine, nearest = (features @ train.T).topk(min(k, len(train)))
-        votes = F.one_hot(train_labels[nearest], classes) * (cosine / temperature).exp()[..., None]
-        correct += (votes.sum(1).argmax(1) == labels).sum().item()
+        votes = cosine.new_zeros(len(cosine), classes)
+        votes.scatter_add_(1, train_labels[nearest], (cosine / temperature).exp())
+        correct += (votes.argmax(1) == labels).sum().item()
     return 100 * correct / len(test)
 
 
@@ -190,8 +194,8 @@ def load_published(path, arch):
             found = (tensor for _, tensor in tensors[starts[0]:])
             backbone.load_state_dict(dict(zip(ours, found)), strict=False)  # num_batches_tracked is missing
             if len(starts) > 1 and RANK == 0:
-                print(f"{path} holds {len(starts)} networks; the one from {tensors[starts[0]][0]} on is taken, not "
-                      f"that from {', '.join(tensors[i][0] for i in starts[1:])}")
+                print(f"{path} holds {len(starts)} networks; taking the one that starts at {tensors[starts[0]][0]}, "
+                      f"not at {', '.join(tensors[i][0] for i in starts[1:])}")
             return backbone.eval().to(memory_format=torch.channels_last), stride
     raise UserError(f"{path} holds no {arch}: the shapes of its {len(tensors)} tensors do not match; is --arch right?")
 
@@ -238,8 +242,9 @@ def add_arguments(parser):
     """The flags about the network and the images, for this script and .github/claims.py."""
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint.pt of a run of bagssl.py; with --arch, any published ResNet")
-    add("--patches", type=int, nargs="+", default=[1, 4, 16], help="numbers of patches averaged per image, squares")
-    add("--patch-scale", type=float, help="a patch's fraction of the image's area; default: as trained, mid-range")
+    add("--patches", type=int, nargs="+", default=[1, 4, 16], help="numbers of patches to average per image: squares")
+    add("--patch-scale", type=float,
+        help="a patch's fraction of the image's area; default: as trained, or the middle of the trained range")
     add("--patch-size", type=int, help="side to resize patches to, 0: not resized; default: as trained")
     add("--image-size", type=int, help="side of the images; default: as trained")
     add("--arch", choices=["resnet18", "resnet34", "resnet50"], help="network of another project's checkpoint; "
@@ -256,8 +261,8 @@ def check_arguments(arguments):
     wrong = [n for n in arguments.patches if n < 1 or math.isqrt(n) ** 2 != n]
     if wrong:
         raise UserError(f"a bag is a square grid of patches: --patches takes 1, 4, 9, 16, ..., not {wrong[0]}")
-    if min(arguments.train_images, arguments.test_images) < 0:
-        raise UserError("--train-images and --test-images cannot be negative")
+    if 0 < arguments.train_images < 10 or min(arguments.train_images, arguments.test_images) < 0:
+        raise UserError("--train-images must be 0 (all) or at least 10, and --test-images 0 (all) or more")
     needed = [f"--{name.replace('_', '-')}" for name in ("data", "image_size", "patch_scale")
               if getattr(arguments, name) is None]
     if arguments.arch and needed:
@@ -274,7 +279,7 @@ def load_split(c, arguments, split):
 
 
 def save_results(arguments, show, **table):
-    """Append a line to eval.jsonl beside the checkpoint."""
+    """Append a line to eval.jsonl beside the checkpoint. show: "probe", or what claims.py was to show."""
     path = Path(arguments.checkpoint).parent / "eval.jsonl"
     earlier = path.read_bytes() if path.exists() else b""
     table = {"show": show, "checkpoint": str(arguments.checkpoint), "torch": torch.__version__, **table}
@@ -304,7 +309,7 @@ def main():
     embedders["raw pixels"] = raw_pixels
 
     results = []
-    # Rank 0 fits the probes while the others wait, which the default group would take for a fault after some minutes.
+    # Rank 0 fits the probes while the others wait, longer than the default group's time-out allows.
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if WORLD_SIZE > 1 else None
     for name, embedder in embedders.items():
         train = embed(embedder, train_images, device, f"{name}, train")
@@ -320,8 +325,9 @@ def main():
         if patient:
             dist.barrier(patient)
     if RANK == 0:
-        save_results(arguments, "probe", data=config.data, image_size=config.image_size, patch_scale=scale,
-                     patch_size=size, train_images=len(train_images), test_images=len(test_images), results=results)
+        save_results(arguments, "probe", dataset=config.dataset, data=config.data, image_size=config.image_size,
+                     patch_scale=scale, patch_size=size, train_images=len(train_images),
+                     test_images=len(test_images), results=results)
 
 
 if __name__ == "__main__":
