@@ -1083,39 +1083,42 @@ def test_the_demo_learns(tmp_path):
 
 
 def test_cosine_to_parts_agrees_with_all_pairs():
-    """Over many draws, each control is the mean over all its pairs."""
     whole, bag, labels = torch.randn(40, 6) + 3, torch.randn(40, 6) - 1, torch.arange(40) % 4
     labels[7] = 5  # alone in its class; class 4 has no image
-    draws = [claims.cosine_to_parts(whole, bag, labels, seed) for seed in range(400)]
+    found = claims.cosine_to_parts(whole, bag, labels)
     whole, bag = (x.double() - x.double().mean(0) for x in (whole, bag))
     cosine = F.cosine_similarity(whole[:, None], bag, dim=2)
-    assert [draw["same image"] for draw in draws] == pytest.approx([cosine.diag().mean().item()] * 400, abs=1e-5)
-    same = labels == labels[:, None]
-    for control, pairs in {"same class": same & ~torch.eye(40, dtype=torch.bool), "other class": ~same}.items():
+    own, same = torch.eye(40, dtype=torch.bool), labels == labels[:, None]
+    for name, pairs in {"same image": own, "same class": same & ~own, "other class": ~same}.items():
         mean = (cosine * pairs).sum(1)[pairs.any(1)] / pairs.sum(1)[pairs.any(1)]
-        assert np.mean([draw[control] for draw in draws]) == pytest.approx(mean.mean().item(), abs=0.01)
-
-
-def test_cosine_to_parts_pairs_no_image_with_itself():
-    lonely = torch.tensor([0] * 30 + [1] * 5 + [3])  # the last image is alone in its class
-    apart = torch.eye(36)  # centred, an image has cosine 1 with itself and -1/35 with any other
-    halves = torch.arange(36) % 2
-    opposite = torch.eye(2)[halves]  # centred, the cosine is 1 within the class, -1 across
-    for seed in range(20):
-        for x, labels, expected in ((apart, lonely, [1, -1 / 35, -1 / 35]), (opposite, halves, [1, 1, -1])):
-            found = claims.cosine_to_parts(x, x, labels, seed)
-            assert list(found.values()) == pytest.approx(expected, abs=1e-5)
-    for labels, classes in ((36 * [0], 1), (range(36), 36)):  # no other class; no other image of the class
-        with pytest.raises(bagssl.UserError, match=rf"36 images are of {classes} class"):
-            claims.cosine_to_parts(apart, apart, torch.tensor(labels))
+        assert found[name] == pytest.approx(mean.mean().item(), abs=1e-5)
+    for labels, classes in ((40 * [0], 1), (range(40), 40)):  # no other class; no other image of the class
+        with pytest.raises(bagssl.UserError, match=rf"40 images are of {classes} class"):
+            claims.cosine_to_parts(whole, bag, torch.tensor(labels))
 
 
 def test_ridge_r2():
-    x = torch.randn(2000, 8)
-    signal, unknown = x @ torch.randn(8), torch.randn(2000)
-    targets = torch.stack([signal, signal + signal.std() * unknown, unknown], 1) + 5
-    r2 = claims.ridge_r2(x[:1000], targets[:1000], x[1000:], targets[1000:])
-    assert r2.tolist() == pytest.approx([1, 0.5, 0], abs=0.05)
+    """Against refitting without each row; noise is not overfitted, even by as many features as rows."""
+    x, strengths = torch.randn(60, 8).double(), (1e-2, 1.0)
+    targets = x @ torch.randn(8, 3).double() + torch.tensor([0.1, 3, 30]) * torch.randn(60, 3).double() + 5
+
+    def predict(train, y, test, strength):  # with the rows' number and standardisation as in the whole
+        centre, scale = train.mean(0), x[:40].std(0)
+        a, b = (train - centre) / scale, (test - centre) / scale
+        return y.mean(0) + b @ torch.linalg.solve(a.T @ a + 40 * strength * torch.eye(8), a.T @ (y - y.mean(0)))
+
+    errors, r2 = [], []
+    for strength in strengths:
+        others = [torch.arange(40) != i for i in range(40)]
+        left_out = torch.cat([predict(x[:40][rows], targets[:40][rows], x[:40][~rows], strength) for rows in others])
+        errors.append((left_out - targets[:40]).square().mean(0))
+        wrong = (predict(x[:40], targets[:40], x[40:], strength) - targets[40:]).square().mean(0)
+        r2.append(1 - wrong / targets[40:].var(0, correction=0))
+    expected = torch.where(errors[0] < errors[1], *r2)
+    assert_close(claims.ridge_r2(x[:40], targets[:40], x[40:], targets[40:], strengths), expected)
+    assert len(set((errors[0] < errors[1]).tolist())) == 2  # the targets differ in their best strength
+    x, noise = torch.randn(1000, 500), torch.randn(1000, 4)
+    assert claims.ridge_r2(x[:500], noise[:500], x[500:], noise[500:]).abs().max() < 0.03
 
 
 class Knows(nn.Linear):  # Linear only to have a parameter, by which claims.py finds the device
@@ -1164,7 +1167,7 @@ def test_locality_changes_a_bag_alike_by_the_known_factors(monkeypatch):
 def test_part_similarity_of_one_who_knows_is_one(monkeypatch):
     world = bagssl.demo_probabilities()
     joint, p = world.T @ world / 10, world.mean(0)
-    truth, centre = np.log(joint / np.outer(p, p)), np.eye(24) - 1 / 24
+    truth, centre = joint / np.outer(p, p), np.eye(24) - 1 / 24
     values, vectors = np.linalg.eigh(centre @ truth @ centre)
     images, _, parts = bagssl.demo_images(400, 20, (0, 3))
     factor = torch.from_numpy(vectors * np.sqrt(values.clip(0)))
@@ -1185,7 +1188,8 @@ def test_each_claim_is_shown(evaluated, tmp_path):
     assert [row["features"] for row in results] == bags + [f"untrained, {bag}" for bag in bags]
     assert all(math.isfinite(row["same image"]) for row in results) and "other class" in printed
     printed, results = evaluated("locality", script=claims)
-    assert list(results) == ["patch, h", "patch, z", "bag of 16, h", "bag of 16, z"]
+    rows = ["patch, h", "patch, z", "bag of 16, h", "bag of 16, z"]
+    assert list(results) == rows + [f"untrained, {row}" for row in rows]
     assert (tmp_path / "neighbours.png").exists() and "brightness" in printed
     _, results = evaluated("cooccurrence", "--data", "", "--image-size", 50, script=claims)  # as if trained on the demo
     assert math.isfinite(results["trained"]) and math.isfinite(results["untrained"])

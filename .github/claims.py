@@ -7,7 +7,8 @@
 
 parts: is the embedding of a whole image close to the mean embedding of its patches? locality: what do
 h and z know of a patch? This also draws RUN/neighbours.png. cooccurrence: are parts that occur together
-close in z? Each adds a line to RUN/eval.jsonl. It runs in one process, and uses no training images.
+close in z? Each adds a line to RUN/eval.jsonl. All run in one process, and use no training images; only
+parts takes --patches, and cooccurrence has images and patches of its own.
 """
 
 import dataclasses
@@ -28,30 +29,25 @@ from bagssl import BagOfPatches, UserError
 # The whole is the average of its parts (the paper's section 4.3)
 
 
-def cosine_to_parts(whole, bag, labels, seed=0):
+def cosine_to_parts(whole, bag, labels):
     """Mean cosine between whole-image embeddings and bags of patches: of the same image, and of two controls.
 
     whole, bag: (N, D) on the CPU, each centred here by its mean over the images. labels: int64 (N,).
-    Returns {"same image", "same class", "other class"}. For each control, every image is paired with
-    another one, of its own class or drawn at random from the other classes. An image that is alone in
-    its class has no pair in "same class" and is left out of that mean. Raises UserError unless there
-    are two classes, and two images in one of them.
+    Returns {"same image", "same class", "other class"}. For the controls, each image is compared with all
+    others of its class, and with all of the other classes. An image that is alone in its class is left out
+    of "same class". Raises UserError unless there are two classes, and two images in one of them.
     """
-    count, generator = len(labels), torch.Generator().manual_seed(seed)
     sizes = torch.bincount(labels)
     if sizes.max() < 2 or (sizes > 0).sum() < 2:
         raise UserError(f"comparing within and across classes takes two classes, and two images in one of them; these "
-                        f"{count} images are of {(sizes > 0).sum()} class(es): give more --test-images")
-    order = torch.randperm(count, generator=generator)
-    order = order[labels[order].argsort(stable=True)]  # class by class, in random order within each
-    whole, bag = (F.normalize(x - x.mean(0))[order] for x in (whole, bag))
-    size, end = (x[labels[order]] for x in (sizes, sizes.cumsum(0)))  # (N,), of each image's class
-    row = torch.arange(count)
-    within = torch.where(row + 1 < end, row + 1, end - size)  # the next of the class; for the last, the first
-    across = (end + (torch.rand(count, generator=generator) * (count - size)).long()) % count
-    cosine = {"same image": whole * bag, "same class": (whole * bag[within])[size > 1],
-              "other class": whole * bag[across]}
-    return {name: products.sum(1).mean().item() for name, products in cosine.items()}
+                        f"{len(labels)} images are of {(sizes > 0).sum()} class(es): give more --test-images")
+    whole, bag = (F.normalize(x - x.mean(0)) for x in (whole, bag))
+    size = sizes[labels]  # (N,), of each image's class
+    own = (whole * bag).sum(1)
+    of_class = (whole * torch.zeros(len(sizes), bag.shape[1]).index_add(0, labels, bag)[labels]).sum(1)  # own too
+    return {"same image": own.mean().item(),
+            "same class": ((of_class - own) / (size - 1))[size > 1].mean().item(),
+            "other class": ((whole @ bag.sum(0) - of_class) / (len(labels) - size)).mean().item()}
 
 
 def show_parts(arguments, trained, untrained, config):
@@ -80,7 +76,7 @@ def show_parts(arguments, trained, untrained, config):
 # Locality in the patch, invariance in the image (the paper's section 4.4)
 #
 # A patch is cut and coloured by eleven uniform random numbers (see bagssl.py). Five of them are
-# predicted from h and from z: what a vector does not tell, the network has become invariant to.
+# predicted linearly, from h and from z.
 
 FACTORS = {"top": 0, "left": 1, "brightness": 5, "hue": 8, "saturation": 7}  # their places among the eleven
 
@@ -94,24 +90,24 @@ def embed_patches(encoder, patches, block=512):
     return [torch.cat(vectors).float().cpu() for vectors in zip(*both)]
 
 
-def ridge_r2(train, train_targets, test, test_targets, strengths=(1e-3, 1e-2, 1e-1, 1.0)):
+def ridge_r2(train, train_targets, test, test_targets, strengths=(1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)):
     """R^2 of a ridge regression for each target: features (N, D) and (M, D), targets (N, T) and (M, T). Returns (T,).
 
-    Each target has its own strength, in units of the number of rows: the best on the last tenth of the training rows.
+    Each target has its own strength, in units of the number of rows: that of the least leave-one-out error, whose
+    closed form needs no refitting. The strongest predict the mean, so that useless features are not overfitted.
     """
     mean, std = train.double().mean(0), train.double().std(0).clamp(min=1e-6)
     train, test = ((x.double() - mean) / std for x in (train, test))
-    train_targets, test_targets = train_targets.double(), test_targets.double()
-    kept = len(train) - len(train) // 10
-
-    def r2(rows, test, test_targets, strength):  # fitted to the first `rows`
-        x, y = train[:rows], train_targets[:rows]
-        weight = torch.linalg.solve(x.T @ x + strength * rows * torch.eye(x.shape[1]), x.T @ (y - y.mean(0)))
-        return 1 - (test_targets - y.mean(0) - test @ weight).square().mean(0) / test_targets.var(0, correction=0)
-
-    held = torch.stack([r2(kept, train[kept:], train_targets[kept:], strength) for strength in strengths])
-    final = torch.stack([r2(len(train), test, test_targets, strength) for strength in strengths])
-    return final.gather(0, held.argmax(0, keepdim=True))[0]
+    constant, targets, test_targets = train_targets.double().mean(0), train_targets.double(), test_targets.double()
+    u, s, axes = torch.linalg.svd(train, full_matrices=False)
+    projected, errors, r2 = u.T @ (targets - constant), [], []
+    for strength in strengths:
+        shrink = (s.square() / (s.square() + strength * len(train)))[:, None]
+        leverage = 1 / len(train) + u.square() @ shrink  # (N, 1)
+        errors.append(((targets - constant - u @ (shrink * projected)) / (1 - leverage)).square().mean(0))
+        weight = axes.T @ (shrink / s[:, None].clamp(min=1e-9) * projected)
+        r2.append(1 - (test_targets - constant - test @ weight).square().mean(0) / test_targets.var(0, correction=0))
+    return torch.stack(r2).gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
 
 def locality(encoder, images, labels, scale, size, seed=0):
@@ -182,9 +178,11 @@ def show_locality(arguments, trained, untrained, config):
     if len(images) < 20:
         raise UserError(f"locality fits regressions, for which {len(images)} images are too few; give 20 or more")
     results, factors = locality(trained, images, labels, scale, size), [*FACTORS, "class"]
-    print("\n" + " " * 14 + "".join(f"{factor:>12}" for factor in factors))
+    control = locality(untrained, images, labels, scale, size)
+    results |= {f"untrained, {name}": values for name, values in control.items()}
+    print("\n" + " " * 23 + "".join(f"{factor:>11}" for factor in factors))
     for name, values in results.items():
-        print(f"{name:14}" + "".join(f"{values[factor]:12.3f}" if factor in values else " " * 12 for factor in factors))
+        print(f"{name:23}" + "".join(f"{values[factor]:11.3f}" if factor in values else " " * 11 for factor in factors))
     picture = Path(arguments.checkpoint).parent / "neighbours.png"
     draw_neighbours(picture, trained, images, scale, size)
     print(f"R^2 of a ridge regression on held-out images; class: accuracy of a linear probe\n"
@@ -200,13 +198,14 @@ def show_locality(arguments, trained, untrained, config):
 def part_similarity(encoder, image_size, seed=0, count=400, size=None):
     """Correlation, over pairs of different types of part, of their learned similarity with the true one.
 
-    Learned: the inner product of the types' mean projections z, centred. True: log p(a, b) / (p(a) p(b)).
+    Learned: the inner product of the types' mean projections z, centred. True: the density ratio that the paper's
+    L_C fits, p(a, b) / (p(a) p(b)).
     The parts are the cells of `count` images of their own, resized to `size` if given.
     """
     world = torch.from_numpy(bagssl.demo_probabilities())  # p(part | class), (10, 24)
     joint, marginal = world.T @ world / len(world), world.mean(0)
-    truth = (joint / (marginal[:, None] * marginal)).log()
-    images, _, parts = bagssl.demo_images(count, image_size, (seed, len(bagssl.DEMO_COUNTS)))  # splits come before
+    truth = joint / (marginal[:, None] * marginal)
+    images, _, parts = bagssl.demo_images(count, image_size, (seed, len(bagssl.DEMO_COUNTS)))  # no split's seed
     cells = bagssl.grid_patches(torch.from_numpy(images), bagssl.DEMO_CELLS, bagssl.DEMO_CELLS ** -2, size)
     z, parts = embed_patches(encoder, cells.flatten(0, 1))[1], torch.from_numpy(parts).flatten()
     means = torch.stack([z[parts == part].mean(0) for part in range(len(marginal))])

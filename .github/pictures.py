@@ -30,6 +30,6 @@ chosen = torch.cat([torch.from_numpy(demo[labels == label][:2]) for label in ran
 save_image(make_grid(chosen / 255, nrow=10, padding=4, pad_value=1), HERE / "demo.png")
 rows = [bag(torch.from_numpy(demo[0]) / 255, 0.04, seed=0)]
 for folder, size, scale, index in zip(sys.argv[1:], (128, 32), (0.0625, 0.25), (5000, 41000)):
-    images, _ = bagssl.load_images("any", folder, "train", size)
+    images, _ = bagssl.load_images(Path(folder).name, folder, "train", size)
     rows.append(bag(images[index] / 255, scale, seed=1))
 save_image(torch.cat(rows, 1), HERE / "bag.png")

@@ -40,26 +40,26 @@ def plot_accuracy(axis, training, rows, colour):
 def plot_cosine(axis, training, rows, colour):
     for prefix, style in (("", "o-"), ("untrained, ", "x:")):
         chosen = {patches_in(row["features"]): row for row in rows
-                  if row["features"].removeprefix(prefix).startswith(("one patch", "bag"))}
+                  if row["features"].startswith((prefix + "one patch", prefix + "bag"))}
         for of, alpha in (("same image", 1.0), ("same class", 0.6), ("other class", 0.3)):
             axis.plot(chosen.keys(), [row[of] for row in chosen.values()], style, color=colour, alpha=alpha,
                       label=f"{training}, {prefix}{of}")
 
 
 def draw(name, show, plot, label, runs):
-    """One picture: a panel for each data set that has runs with `show` in their eval.jsonl, its longest table."""
+    """One picture: a panel for each data set, with the longest table (of equal ones the last) that its runs have."""
     panels = {}
     for run in runs:
         config = json.loads((run / "log.jsonl").read_text().splitlines()[0])["config"]
-        tables = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+        tables = [json.loads(line) for line in reversed((run / "eval.jsonl").read_text().splitlines())]
         rows = max((table["results"] for table in tables if table["show"] == show), key=len, default=None)
         if rows:
             training = "multi-scale" if len(config["patch_scale"]) == 2 else "fixed scale"
             panels.setdefault(Path(config["data"]).name or config["dataset"], []).append((training, rows))
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
     for axis, (dataset, lines) in zip(axes[0], panels.items()):
-        for (training, rows), colour in zip(lines, ("tab:blue", "tab:orange", "tab:green")):
-            plot(axis, training, rows, colour)
+        for i, (training, rows) in enumerate(lines):
+            plot(axis, training, rows, f"C{i}")
         axis.set(title=dataset, xlabel="patches in the bag", ylabel=label, xscale="log", xticks=[1, 4, 16, 64],
                  xticklabels=["1", "4", "16", "64"])
         axis.minorticks_off()
@@ -85,7 +85,7 @@ def draw_curve(runs):
     for (name, curve), colour in zip(curves.items(), ("tab:blue", "tab:cyan", "tab:grey")):
         axis.plot(*zip(*sorted(curve.items())), "o-", color=colour, label=f"bag of 16 patches, {name}")
     axis.plot([1e6, 1e7, 3e7], [80.6, 90.7, 93.1], "s:", color="tab:red",
-              label="EMP-SSL (ResNet-18, patches enlarged to 32 x 32), linear probe")
+              label="EMP-SSL (ResNet-18, patches enlarged to 32 x 32; best test epoch), linear probe")
     for top1, style, label in ((79.6, "--", "k-means on patches, 2011, linear classifier"),
                                (81.1, "-.", "sparse manifold transform, 2022, kNN")):
         axis.axhline(top1, color="tab:green", ls=style, lw=1, label=label)

@@ -40,7 +40,7 @@ def trial(config, device, kept, held):
         with contextlib.redirect_stdout(io.StringIO()):
             bagssl.train(config, device)
     except FloatingPointError:
-        return ["diverged"]
+        return ["diverged", "", "", ""]
     out = Path(config.out)
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
     cells = [f"{100 * sum(step['clipped'] for step in steps) / len(steps):.0f}"]
@@ -71,6 +71,9 @@ def main():
         configs.append(config)
 
     c = configs[0]
+    if any((other.dataset, other.data, other.image_size, other.device) != (c.dataset, c.data, c.image_size, c.device)
+           for other in configs) or "seed" in names and c.dataset == "demo":
+        raise bagssl.UserError("all combinations share the images and the device: --try cannot vary these")
     device = bagssl.start_process(c.device)
     kept, held = hold_out(*bagssl.load_images(c.dataset, c.data, "train", c.image_size, c.cache, c.seed))
     print("|", " | ".join([*names, "clipped, %", "one patch", "bag of 16", "kNN, bag of 16"]), "|")
