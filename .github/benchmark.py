@@ -9,7 +9,7 @@
 `ratios` needs no data and runs on the CPU: the images are noise; patches, network and loss are those of the preset
 cifar10-cpu. `profile` and `scale` take any flag of bagssl.py. Nothing is trained, and nothing is written but the cache
 of decoded images. `scale` needs no data and no GPU: one process of many runs a step on tensors that have a shape and
-no content, and its operations, memory and communication are counted. Under torchrun it counts those of a real step.
+no content, and its operations, memory and communication are counted.
 """
 
 import argparse
