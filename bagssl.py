@@ -820,7 +820,8 @@ def parallelize_and_compile(encoder, views, config, device):
     """The encoder and `views` as training calls them: the encoder under DDP, both compiled as config.compile says."""
     if WORLD_SIZE > 1:
         encoder = nn.parallel.DistributedDataParallel(  # starts all processes with the first one's weights
-            encoder, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+            encoder, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
+            broadcast_buffers=False)  # BatchNorm's statistics are equal already
     if config.compile == "yes" or (config.compile == "auto" and device.type == "cuda"):
         if RANK == 0:
             print("compile: yes; the first steps take half a minute or more", flush=True)

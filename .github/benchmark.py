@@ -190,12 +190,11 @@ def profile(flags, warm_up=3, rounds=20):
 class Communication(TorchDispatchMode):
     """Counts the collective operations of the block: [calls, bytes] of each kind.
 
-    The bytes are those of the whole: of the rows gathered from all, of the tensor summed or broadcast, and of what is
-    summed and then scattered.
+    The bytes are those of the whole: of the rows gathered from all, of the tensor summed, and of what is summed and
+    then scattered.
     """
 
-    KINDS = {"_allgather_base_": "gather", "allreduce_": "sum", "_reduce_scatter_base_": "scatter",
-             "broadcast_": "broadcast"}
+    KINDS = {"_allgather_base_": "gather", "allreduce_": "sum", "_reduce_scatter_base_": "scatter"}
 
     def __init__(self):
         super().__init__()
@@ -214,7 +213,7 @@ def count_step(config, processes, bucket=25 * 2 ** 20):
     """TFLOP, peak GB, and [calls, bytes] of each kind of communication of one process in a step of `processes`.
 
     Simulated, on tensors without content. So that it shows what a GPU would need, the network is in bfloat16.
-    DistributedDataParallel cannot be simulated: what it does to buffers and gradients is done here by hand.
+    DistributedDataParallel cannot be simulated: its sum of the gradients is done here by hand.
     """
     if processes > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
@@ -243,8 +242,6 @@ def count_fake_step(config, processes, bucket):
     memory.track_external(encoder, optimizer, images)
     with memory, Communication() as communication, FlopCounterMode(display=False) as flops:
         x = bagssl.training_views(images, torch.rand(b, config.num_patches, 11), config)
-        if processes > 1:
-            dist.broadcast(torch.cat([buffer.flatten().view(torch.uint8) for buffer in encoder.buffers()]), 0)
         with torch.autocast("cpu", torch.bfloat16):
             _, z = encoder(x)
         z = bagssl.gather(z.unflatten(0, (-1, config.num_patches)))
