@@ -746,6 +746,10 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among the LOCAL_WORLD_SIZE 
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
+# The second names are those of torch before 2.14, and deprecated.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class Gather(torch.autograd.Function):
     """Forward: all-gather the rows of all processes. Backward: reduce-scatter, the sum of their gradients."""
@@ -753,13 +757,13 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(rows, x.contiguous())
+        all_gather(rows, x.contiguous())
         return rows
 
     @staticmethod
     def backward(ctx, gradient):
         own = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        reduce_scatter(own, gradient.contiguous())
         return own
 
 
