@@ -746,7 +746,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among the LOCAL_WORLD_SIZE 
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
-# The second names are those of torch before 2.14, and deprecated.
+# Older versions of torch have only the second names, which are deprecated.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
