@@ -14,7 +14,7 @@ Learning" (TMLR 2023, arXiv:2206.08954).
    dimension of z varying over the batch (variance), and decorrelates the dimensions (covariance).
 4. Throw the projector away. An image is represented by the mean of its patches' embeddings h.
 
-The method is the first part of the file: patches, augmentation, encoder, loss, bag, training. The rest is
+After the configuration comes the method: patches, augmentation, encoder, loss, bag, training. The rest is
 infrastructure: images, the demo's images, processes, the run, the command line.
 
     python bagssl.py --preset demo                       # generated images; needs no data and no GPU
@@ -54,13 +54,13 @@ from torch import nn
 # Config
 #
 # Every field is a command-line flag, and its comment is the flag's help. A preset overrides the defaults, and a flag
-# overrides the preset.
+# overrides the preset: parse_config(["--preset", "demo"]) does so from Python too.
 
 
 @dataclass
 class Config:
-    preset: str = ""  # demo, cifar10, cifar10-cpu, cifar100, imagenet; default: cifar10 with CUDA, else demo
-    dataset: str = "cifar10"  # or demo, cifar100, stl10, fashionmnist; other names: any images, in DATA/DATASET or DATA
+    preset: str = ""  # demo, cifar10, cifar10-cpu, cifar100, imagenet; default: cifar10 if CUDA, else demo or cifar10-cpu
+    dataset: str = "cifar10"  # demo, cifar10, cifar100, stl10, fashionmnist; else any images, in DATA/DATASET or DATA
     data: str = ""  # folder of images, or of torchvision's files; default: data/DATASET, downloaded if missing
     cache: str = ""  # folder for decoded images; default: .bagssl in the folder of images, shared by all runs
     out: str = ""  # folder of the run; default: runs/PRESET; an interrupted run there is continued
@@ -91,7 +91,7 @@ PRESETS = {
     # term is large; cov_weight=10 balances it.
     "demo": dict(dataset="demo", image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
-    # Smaller batches allow more steps in the same time. An inv_weight of 25 costs two to three points of accuracy.
+    # Smaller batches allow more steps in the same time. With 25 instead of 10, inv_weight costs two to three points.
     "cifar10-cpu": dict(dataset="cifar10", batch_size=64, epochs=44, projector=(1024, 1024, 1024), inv_weight=10.0),
     "cifar10": dict(dataset="cifar10", arch="resnet18"),
     "cifar100": dict(dataset="cifar100", arch="resnet18"),
@@ -109,9 +109,9 @@ class UserError(Exception):
 # Patches
 #
 # The method sees an image only through square patches of a fixed scale. A patch's scale is the fraction of the image's
-# area that it covers. A patch is a pure function of its image and of eleven uniform random numbers: two place it, one
-# sets its scale (if that is a range, as in the usual multi-scale crops), and eight augment it. A step draws one tensor
-# of them, (B, V, 11).
+# area that it covers. A patch is a pure function of its image and of eleven uniform random numbers: two for its place,
+# one for its scale (if that is a range, as in the usual multi-scale crops), and eight for its augmentation. A step
+# draws one tensor of them, (B, V, 11).
 
 
 def patch_side(height, width, scale):
@@ -163,7 +163,10 @@ def grid_patches(images, per_side, scale, size=None):
 
 
 def _cut(images, top, left, side, size):
-    """Cut squares. top, left: their upper left corners, int64 (B, V) or (1, V). side: an int, or int64 (B, V)."""
+    """Cut squares, and resize them to `size` unless that is None: (B, V, C, s, s).
+
+    top, left: their upper left corners, int64 (B, V) or (1, V). side: an int, or int64 (B, V).
+    """
     if isinstance(side, int) and size in (None, side):
         windows = images.unfold(2, side, 1).unfold(3, side, 1)  # all of them, as a view: (B, C, top, left, s, s)
         image = torch.arange(len(images), device=images.device)[:, None]  # (B, 1)
@@ -187,9 +190,9 @@ def _resize_weights(start, side, extent, size):
     """
     start, side = start[..., None, None], torch.as_tensor(side, device=start.device)[..., None, None]
     pixel = torch.arange(extent, device=start.device) + 0.5  # (extent,)
-    step = side / size
-    centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * step  # (B, V, size, 1)
-    weight = (1 - (pixel - centre).abs() / step.clamp(min=1)).clamp(min=0)
+    pitch = side / size
+    centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * pitch  # (B, V, size, 1)
+    weight = (1 - (pixel - centre).abs() / pitch.clamp(min=1)).clamp(min=0)
     weight = weight * ((pixel > start) & (pixel < start + side))
     return weight / weight.sum(-1, keepdim=True)
 
@@ -208,10 +211,11 @@ def augment(patches, u, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, j
     """Flip, jitter, grey and solarise each patch with its own random numbers.
 
     patches: float (..., 3, s, s) in [0, 1]. u: (..., 8), uniform numbers in [0, 1), of the same dtype. A patch
-    is flipped with probability 1/2. With probability jitter_prob it is jittered as in torchvision's ColorJitter: its
-    brightness, contrast and saturation are scaled by factors in 1 +- their strength, and its hue is shifted
-    by at most `hue` of a full turn. Returns the same shape and range. Raises ValueError unless patches are
-    float, with 3 channels.
+    is mirrored left to right with probability 1/2. With probability jitter_prob it is jittered as in torchvision's
+    ColorJitter: its brightness, contrast and saturation are scaled by factors in 1 +- their strength, and its hue is
+    shifted by at most `hue` of a full turn. Then it loses its colour with probability gray_prob, and last, values of
+    0.5 or more are inverted (solarised) with probability solarize_prob. Returns the same shape and range. Raises
+    ValueError unless patches are float, with 3 channels.
     """
     if not patches.is_floating_point() or patches.shape[-3] != 3:
         raise ValueError(f"augment takes float patches (..., 3, s, s) in [0, 1], not {patches.dtype} "
@@ -259,7 +263,7 @@ def _shift_hue(patches, shift):
 # projection z = g(h), on which the loss acts (the paper's section 2).
 #
 # `PatchNet` is a network for small patches. Its first layer is fixed and whitens the pixels, as in Keller Jordan's
-# airbench. Smooth colour dominates the pixels' variance, although edges and texture are what tells patches apart;
+# airbench. Smooth colour dominates the pixels' variance, although edges and texture are what tell patches apart;
 # whitening makes the two equally strong, which speeds up learning. `BatchNorm` is torch's, with statistics over the
 # batches of all processes (see *Processes*).
 
@@ -274,8 +278,8 @@ def normalize(images):
 def whitening_filters(images, epsilon=0.01):
     """PCA whitening of blocks of 3 x 3 pixels: a filter for each principal axis, axis / sqrt(variance + epsilon).
 
-    images: uint8 (N, 3, H, W); about a million of their blocks are used. Returns float32 (54, 3, 3, 3), on the CPU:
-    the 27 filters and their negatives, so that a ReLU after them keeps both signs.
+    images: uint8 (N, 3, H, W), not resized as patches may be; about a million of their blocks are used. Returns float32
+    (54, 3, 3, 3), on the CPU: the 27 filters and their negatives, so that a ReLU after them keeps both signs.
     """
     some = images[::max(1, images[:, 0].numel() // 1_000_000)].cpu()
     blocks = F.unfold(normalize(some), 3).transpose(0, 1).flatten(1)  # (27, blocks)
@@ -302,14 +306,14 @@ class PatchNet(nn.Module):
 
     def forward(self, x):
         maps = self.layers(self.whiten(x).relu())
-        return maps.sum((2, 3)) / maps[0, 0].numel()  # .mean((2, 3)), but its backward pass would copy the map
+        return maps.sum((2, 3)) / maps[0, 0].numel()  # .mean((2, 3)), whose gradient would fill a whole map
 
 
 def make_backbone(arch="patchnet", stem_stride=1):
     """PatchNet, or torchvision's ResNet-18, 34 or 50 without its classifier: (N, 3, s, s) -> (N, .width).
 
     stem_stride=4 is the ResNets' own stem, a 7 x 7 convolution of stride 2 and max-pooling, which shrinks
-    small patches too much; 1 or 2 replaces it by one 3 x 3 convolution of that stride.
+    small patches too much; 1 or 2 replaces it with one 3 x 3 convolution of that stride.
     """
     if arch == "patchnet":
         return PatchNet(stem_stride=stem_stride)
@@ -338,14 +342,15 @@ class Encoder(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Loss
 #
-# In the paper's terms, VICReg learns how much more often than by chance two patches occur together. With p(x1, x2),
-# the joint distribution of two patches of one image, and p(x), its marginal, that is the density ratio
-# p(x1, x2) / (p(x1) p(x2)). The paper's first loss, L_C, fits w z1.z2, for a constant w > 0, to the ratio. With the
-# square expanded, L_C is, up to a constant, 2 w times the paper's second loss, L_S:
-#     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - p(x1, x2) / (p(x1) p(x2)))^2 ]
+# Let p(x1, x2) be the distribution of two patches of one image, and p(x) that of a single patch. The ratio
+# r = p(x1, x2) / (p(x1) p(x2)) says how much more often than by chance two patches occur together. The paper's first
+# loss, L_C, fits the inner product of their projections to it, times a constant w > 0:
+#     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - r)^2 ]
+# The square expands into three terms. Since E_{p(x1) p(x2)}[r z1.z2] = E_{p(x1, x2)}[z1.z2], and since
+# E_{p(x1) p(x2)}[(z1.z2)^2] = || E[z z^T] ||_F^2, they are, up to a constant, 2 w times the paper's second loss, L_S:
 #     L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2
-# If each dimension of z has mean 0 and variance 1, then up to constants and a common factor, inv_weight / D, the terms
-# of 2 L_S are VICReg's:
+# If each of the D dimensions of z has mean 0 and variance 1, then up to constants and a common factor, inv_weight / D,
+# the terms of 2 L_S are VICReg's:
 #     -2 E[z1.z2] = E |z1 - z2|^2 + const                       (invariance)
 #     w || E[z z^T] ||_F^2 = w sum_{d != e} cov_de^2 + const    (covariance; w = 2 cov_weight / inv_weight)
 # VICReg subtracts the mean, and its hinge keeps each variance from falling below 1.
@@ -357,13 +362,13 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
     z: projections (B, V, D), B >= 2 images of V >= 2 patches. The loss of patches i and j, over all images, is
         inv_weight mse(zi, zj) + var_weight (hinge(zi) + hinge(zj)) / 2 + cov_weight (cov(zi) + cov(zj)),
         hinge(z) = mean_d relu(1 - sqrt(var_d + eps)),  cov(z) = sum_{d != e} cov_de^2 / D,
-    with variances and covariances over the batch, of divisor B - 1. This is the VICReg authors' code
+    with variances and covariances over the batch, with divisor B - 1. This is the VICReg authors' code
     (Bardes, Ponce, LeCun, 2022); the equation in their paper does not halve the hinges.
     Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. Computed in float32
-    (float64 if z is), also under autocast. Raises ValueError on a z of another shape.
+    (float64 if z is), also under autocast. Raises ValueError if z has another shape.
 
-    rank, world_size: several processes that all hold the same z can share the work. Each computes its part of the
-    covariance term, scaled up by world_size, so that the average of loss and gradient over the processes is exact.
+    rank, world_size: several processes that all hold the same z can share the work. Each computes a part of the
+    covariance term, scaled up by world_size: only the averages of loss, cov and gradient over the processes are exact.
     """
     if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"vicreg_loss takes z (B, V, D) with B >= 2 and V >= 2, not {tuple(z.shape)}")
@@ -372,7 +377,7 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
         z = z if z.dtype == torch.float64 else z.float()
         # The mean over pairs of |zi - zj|^2 is 2 / (V - 1) times the sum over patches of |zv - mean z|^2.
         inv = 2 / (V - 1) * (z - z.mean(1, keepdim=True)).square().sum() / (B * D)
-        # Each patch is in equally many pairs, so the mean of hinges and covariances over pairs is that over patches.
+        # Each patch is in equally many pairs: the mean of hinges and covariances over pairs equals that over patches.
         z = (z - z.mean(0)).transpose(0, 1)  # (V, B, D), each dimension centred over the batch
         variance = z.square().sum(1) / (B - 1)  # (V, D)
         var = (1 - (variance + eps).sqrt()).relu().mean()
@@ -387,15 +392,18 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bag of patches
+#
+# The embedding of a patch tells what it occurs with. The paper finds that the mean over an image's patches, which
+# ignores where they are, represents the image as well as an embedding of the whole does, or better.
 
 
 class BagOfPatches(nn.Module):
     """Images in, the mean embedding of a grid of their patches out.
 
-    backbone: patches (N, 3, s, s) -> (N, D); must be in eval mode. per_side**2 patches of area fraction
-    `scale`, resized to `size` if given (see `grid_patches`). forward takes (B, 3, H, W), uint8 or
-    float in [0, 1], and returns float32 (B, D). The backbone gets at most `chunk` patches at a time, which
-    bounds the memory under torch.no_grad.
+    backbone: patches (N, 3, s, s) -> (N, D); must be in eval mode. per_side**2 patches of area fraction `scale`, a
+    float, are resized to `size` if given (see `grid_patches`). forward takes (B, 3, H, W), uint8 or float in [0, 1],
+    and returns float32 (B, D). The backbone gets at most `chunk` patches at a time, which bounds the memory under
+    torch.no_grad.
     """
 
     def __init__(self, backbone, per_side, scale, size=None, chunk=256):
@@ -416,11 +424,11 @@ class BagOfPatches(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 #
-# Everything random is a function of the seed and the step: each process draws the numbers of the whole batch and keeps
-# those of its own images. So the patches do not depend on the number of processes, and a resumed run draws the same
-# images, crops and augmentations as an uninterrupted one. RANK is this process's rank among WORLD_SIZE processes.
-# `training_images` and `batches` are in *Images*; `gather`, `autocast` and `generator_for` in *Processes*;
-# `find_checkpoint` and `Run` in *The run*.
+# The order of the images is a function of the seed and the epoch, the patches are one of the seed and the step: each
+# process draws the numbers of the whole batch and keeps those of its own images. So the patches do not depend on the
+# number of processes, and a resumed run draws the same images, crops and augmentations as an uninterrupted one. RANK is
+# this process's rank among WORLD_SIZE processes. `training_images` and `batches` are in *Images*; `gather`, `autocast`,
+# `generator_for` and `parallelize_and_compile` in *Processes*; `find_checkpoint` and `Run` in *The run*.
 
 
 def training_views(images, u, config, augmented=True):
@@ -456,7 +464,8 @@ def train(config, device):
     model, views = parallelize_and_compile(encoder, training_views, config, device)
 
     def draw(step):  # the eleven numbers of each of this process's patches
-        return torch.rand(B, V, 11, generator=generator_for(config.seed, "patches", step))[rows].to(device)
+        u = torch.rand(B, V, 11, generator=generator_for(config.seed, "patches", step))[rows]
+        return u.to(device, non_blocking=device.type == "cuda")  # without waiting for the step before
 
     with Run(config, device, encoder, optimizer, steps, checkpoint, labels) as run:  # resumes from the checkpoint
         for step, batch, classes in batches(images, labels, config, rows, device, run.start, steps):
@@ -476,7 +485,7 @@ def train(config, device):
             run.after_step(step, loss, terms, norm, h, classes)
         if run.start < steps:  # else the run was complete
             # BatchNorm's running statistics are of augmented patches, but the encoder will be used on plain ones:
-            # replace them by statistics of 100 batches of plain patches.
+            # replace them with statistics of 100 batches of plain patches.
             plain = (training_views(batch, draw(step), config, augmented=False)
                      for step, batch, _ in batches(images, None, config, rows, device, 0, 100))
             with autocast(device):
@@ -499,8 +508,8 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
     split: "pretrain" (labels may be missing), "train" or "test". Without `data`, the dataset "demo" is generated, and
     any other is looked for in ./data/`dataset`. With `data`, the folder is `data`/`dataset` if that exists, else
     `data`. It holds torchvision's files of the dataset (downloaded if no `data` is given); or train/, and val/ or
-    test/, each with a subfolder per class; or, if only for pretraining, images at any depth. Raises UserError if
-    there are none, or if some are broken.
+    test/, each with a subfolder per class; or, if only for pretraining, images at any depth. cache: as in Config. seed:
+    of the demo's images. Raises UserError if there are no images, or if some are broken.
     """
     found = [find_images(dataset, data, split, image_size, cache, seed) if LOCAL_RANK == 0 else None]
     if dist.is_initialized():  # a million files are listed once per node, not by every process
@@ -661,8 +670,8 @@ def batches(images, labels, config, rows, device, start, steps):
         return chosen.to(device, non_blocking=to_gpu), None if labels is None else labels[indices].to(device)
 
     def prepare():  # each thread
-        # With more OpenMP threads than cores, those that wait, training's too, sleep instead of spinning, and a step
-        # on two cores takes a tenth longer.
+        # With more OpenMP threads than cores, training's threads sleep while they wait for each other, instead of
+        # spinning: a step on two cores takes a tenth longer.
         torch.set_num_threads(1)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # else a thread would pin memory through GPU 0
@@ -681,7 +690,7 @@ def batches(images, labels, config, rows, device, start, steps):
 # Generated, so that the ground truth is known. An image is a grid of 5 x 5 cells, each holding one of 24 types of part:
 # 6 families (gratings, checks, rings, spokes, polygons, meshes) in 4 levels of detail. A class is one family in all
 # levels, or one level in all families: 6 + 4 classes. So a single part is ambiguous between two classes, and only the
-# mix of parts tells the class. Colour, contrast, angle, phase and noise are independent of it.
+# mix of parts tells the class. Colour, contrast, angle, phase and noise are independent of the class.
 
 DEMO_CELLS = 5
 DEMO_COUNTS = {"pretrain": 16_000, "train": 1_000, "test": 2_000}
@@ -815,7 +824,8 @@ class NormalizeBatch(torch.autograd.Function):
             gradient, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True])
         sums = torch.stack(totals)  # of gradient * (x - mean) / sqrt(var + eps), and of gradient
         dist.all_reduce(sums)
-        # The gradient through mean and var is -(scale * normalised x + shift): minus another F.batch_norm of x.
+        # With n = (x - mean) / sqrt(var + eps), the gradient of x is weight / sqrt(var + eps) times
+        # gradient - mean(gradient) - n mean(gradient n): what is subtracted is another F.batch_norm of x.
         scale, shift = sums * weight * (var + ctx.eps).rsqrt() * x.shape[1] / (dist.get_world_size() * x.numel())
         return x_gradient - F.batch_norm(x, mean, var, scale, shift, eps=ctx.eps), None, None, *totals, None
 
@@ -895,7 +905,7 @@ class OnlineProbe(nn.Module):
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     def forward(self, h, labels):
-        """Return the accuracy on the whole batch, a tensor, in per cent; then learn from it.
+        """Learn from the batch, and return the accuracy on the whole of it before that, a tensor, in per cent.
 
         h: (b, V, D), this process's embeddings; labels: (b,). An image is represented by the mean of its V.
         """
@@ -951,7 +961,7 @@ class Run:
             signal.signal(number, handler)
 
     def after_step(self, step, loss, terms, norm, h, labels):
-        """Add up a step's metrics. Every tenth step log their means, stop on nan, save if it is time, obey signals."""
+        """Add up a step's metrics. Every tenth step log their means, raise unless finite, save if due, obey signals."""
         metrics = {"loss": loss.detach(), **terms, "gradient_norm": norm, "clipped": (norm > self.config.clip).float()}
         if self.probe:
             metrics["probe_top1"] = self.probe(h.unflatten(0, (-1, self.config.num_patches)), labels)
@@ -1084,7 +1094,7 @@ def save_atomically(path, content):
 
 
 def load_checkpoint(path):
-    """Read a checkpoint.pt: its content, the trained encoder in eval mode, on the CPU, and its Config.
+    """Read a checkpoint.pt. Returns its content, the trained encoder in eval mode, on the CPU, and its Config.
 
     The content is a dict of config, step, steps, encoder, optimizer and, with labels, probe and probe_optimizer. No
     code in the file is run. Raises UserError if it is missing, damaged, or of another program or version.
@@ -1125,16 +1135,19 @@ def parse_config(argv=None):
     comments = dict(re.findall(r"^    (\w+): [^#]*# (.*)$", inspect.getsource(Config), re.M))  # as help
     choices = {"preset": PRESETS, "arch": ("patchnet", "resnet18", "resnet34", "resnet50"), "stem_stride": (1, 2, 4),
                "compile": ("auto", "yes", "no")}
-    parser = Parser(prog="bagssl.py", description=__doc__.partition("\n")[0], allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS)
+    parser = Parser(prog="bagssl.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    description=__doc__.partition("\n")[0] + " In brackets: defaults, which a preset may override.")
     for name, field in Config.__dataclass_fields__.items():
-        several = isinstance(field.default, tuple)
+        several, default = isinstance(field.default, tuple), " ".join(map(str, np.atleast_1d(field.default)))
         parser.add_argument("--" + name.replace("_", "-"), type=type(field.default[0] if several else field.default),
                             nargs={"patch_scale": "+", "projector": 3}.get(name), choices=choices.get(name),
-                            metavar="X" if several else name.upper(), help=comments[name].replace("%", "%%"))
+                            metavar="X" if several else name.upper(),
+                            help=comments[name].replace("%", "%%") + (f" [{default}]" if default else ""))
     given = vars(parser.parse_args(argv))
     cuda = torch.cuda.is_available() and given.get("device", "cuda").startswith("cuda")
-    preset = given.get("preset", "cifar10" if cuda else "demo")
+    other = "data" in given or "dataset" in given  # than the demo's images
+    default = "demo" if given.get("dataset") == "demo" else "cifar10" if cuda else "cifar10-cpu" if other else "demo"
+    preset = given.get("preset", default)
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return Config(**{"preset": preset, "out": f"runs/{preset}", **PRESETS[preset], **given})
 

@@ -1332,10 +1332,24 @@ def test_bad_checkpoints(tiny_run, tiny, out, tmp_path, refused):
 # -------------------------------------------------------------------------------------------------- README and help
 
 
-def test_help_names_every_field():
+def test_help_names_every_field_and_its_default():
     shown = command("bagssl.py", "--help").stdout
     assert all("--" + name.replace("_", "-") in shown for name in bagssl.Config.__dataclass_fields__)
-    assert "VICReg authors" in " ".join(shown.split())
+    shown = " ".join(shown.split())
+    assert "VICReg authors' [25.0]" in shown and "[2048 2048 2048]" in shown and "[]" not in shown
+
+
+@pytest.mark.parametrize("flags, cpu, cuda", [
+    ("", "demo", "cifar10"), ("--dataset demo", "demo", "demo"), ("--dataset cifar100", "cifar10-cpu", "cifar10"),
+    ("--data photos", "cifar10-cpu", "cifar10"), ("--data photos --device cpu", "cifar10-cpu", "cifar10-cpu"),
+    ("--data photos --preset demo", "demo", "demo")])
+def test_the_default_preset_suits_the_device_and_the_images(flags, cpu, cuda, monkeypatch):
+    for available, preset in ((False, cpu), (True, cuda)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+        config = bagssl.parse_config(flags.split())
+        assert config.preset == preset and config.out == f"runs/{preset}"
+        assert "photos" not in flags or config.data == "photos"
+        assert "cifar100" not in flags or config.dataset == "cifar100"
 
 
 @pytest.mark.parametrize("page", ["README.md", ".github/RESULTS.md"])
