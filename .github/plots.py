@@ -25,21 +25,20 @@ def patches_in(name):
     return 1 if "one patch" in name else int(name.rpartition(" ")[2])
 
 
-def plot_accuracy(axis, training, rows, colour):
-    top1 = {row["features"]: row["top1"] for row in rows}
-    if not axis.lines:
-        axis.axhline(10, color="grey", ls=":", label="chance, of ten classes")
+def plot_accuracy(axis, training, tables, colour):
+    top1 = {row["features"]: row["top1"] for row in max(tables, key=len)}
+    whole = max(row["top1"] for rows in tables for row in rows if row["features"].startswith("whole"))
     bags = {patches_in(name): name for name in top1 if name.startswith(("one patch", "bag"))}
     axis.plot(bags.keys(), [top1[name] for name in bags.values()], "o-", color=colour, label=f"{training}: bag")
-    axis.axhline(top1["whole image, one pass"], color=colour, ls="--", label=f"{training}: whole image")
+    axis.axhline(whole, color=colour, ls="--", label=f"{training}: whole image, all pixels")
     for name in top1:
         if name.startswith("untrained"):
             axis.plot(patches_in(name), top1[name], "x", color=colour, label=f"{training}, untrained: bag")
 
 
-def plot_cosine(axis, training, rows, colour):
+def plot_cosine(axis, training, tables, colour):
     for prefix, style in (("", "o-"), ("untrained, ", "x:")):
-        chosen = {patches_in(row["features"]): row for row in rows
+        chosen = {patches_in(row["features"]): row for row in max(tables, key=len)
                   if row["features"].startswith((prefix + "one patch", prefix + "bag"))}
         for of, alpha in (("same image", 1.0), ("same class", 0.6), ("other class", 0.3)):
             axis.plot(chosen.keys(), [row[of] for row in chosen.values()], style, color=colour, alpha=alpha,
@@ -47,19 +46,22 @@ def plot_cosine(axis, training, rows, colour):
 
 
 def draw(name, show, plot, label, runs):
-    """One picture: a panel for each data set, with the longest table (of equal ones the last) that its runs have."""
+    """One picture, with a panel for each data set: from each run's tables the longest, of equal ones the last.
+
+    A whole image's accuracy is the best of all tables: that of the image with all its pixels, not shrunk.
+    """
     panels = {}
     for run in runs:
         config = json.loads((run / "log.jsonl").read_text().splitlines()[0])["config"]
         tables = [json.loads(line) for line in reversed((run / "eval.jsonl").read_text().splitlines())]
-        rows = max((table["results"] for table in tables if table["show"] == show), key=len, default=None)
-        if rows:
+        tables = [table["results"] for table in tables if table["show"] == show]
+        if tables:
             training = "multi-scale" if len(config["patch_scale"]) == 2 else "fixed scale"
-            panels.setdefault(Path(config["data"]).name or config["dataset"], []).append((training, rows))
+            panels.setdefault(Path(config["data"]).name or config["dataset"], []).append((training, tables))
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
     for axis, (dataset, lines) in zip(axes[0], panels.items()):
-        for i, (training, rows) in enumerate(lines):
-            plot(axis, training, rows, f"C{i}")
+        for i, (training, tables) in enumerate(lines):
+            plot(axis, training, tables, f"C{i}")
         axis.set(title=dataset, xlabel="patches in the bag", ylabel=label, xscale="log", xticks=[1, 4, 16, 64],
                  xticklabels=["1", "4", "16", "64"])
         axis.minorticks_off()
