@@ -59,7 +59,7 @@ from torch import nn
 
 @dataclass
 class Config:
-    preset: str = ""  # demo, cifar10, cifar10-cpu, cifar100, imagenet; default: cifar10 if CUDA, else demo or cifar10-cpu
+    preset: str = ""  # demo, cifar10, cifar10-cpu, cifar100, imagenet; default: one that suits device and images
     dataset: str = "cifar10"  # demo, cifar10, cifar100, stl10, fashionmnist; else any images, in DATA/DATASET or DATA
     data: str = ""  # folder of images, or of torchvision's files; default: data/DATASET, downloaded if missing
     cache: str = ""  # folder for decoded images; default: .bagssl in the folder of images, shared by all runs
@@ -520,9 +520,6 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
         dist.broadcast_object_list(found, RANK - LOCAL_RANK, node)
     (pixels, labels), source = found[0]
     images = torch.from_numpy(np.load(pixels, mmap_mode="c") if isinstance(pixels, Path) else pixels)  # copy on write
-    if images.shape[-1] != image_size:
-        images = torch.cat([torchvision.transforms.functional.resize(block, [image_size, image_size])
-                            for block in images.split(1024)])
     if RANK == 0:
         print(f"images:  {len(images):,} ({split}) from {source}", flush=True)
     return images, None if labels is None else torch.from_numpy(labels).long()
@@ -536,20 +533,20 @@ def find_images(dataset, data, split, image_size, cache, seed):
     if dataset == "demo" and not data:
         seeds = seed, list(DEMO_COUNTS).index(split)  # each split has random numbers of its own
         return demo_images(DEMO_COUNTS[split], image_size, seeds)[:2], "the demo"
-    if name and (found := load_torchvision(name, folder, split)):
+    if name and (found := load_torchvision(name, folder, split, image_size)):
         return found, f"{name}, torchvision's files in {folder}"
     if found := load_folder(folder, split, image_size, cache):
         return found, folder
     if name and not data:
-        return load_torchvision(name, folder, split, download=True), f"{name}, downloaded to {folder}"
+        return load_torchvision(name, folder, split, image_size, download=True), f"{name}, downloaded to {folder}"
     looked = f"{name} as torchvision keeps it, " if name else ""
     raise UserError(f"no images in {folder} (looked for {looked}train/ with class folders, and at any depth for "
                     f"{' '.join(torchvision.datasets.folder.IMG_EXTENSIONS)}); name another folder with --data, or "
                     f"use --preset demo, which needs none")
 
 
-def load_torchvision(name, folder, split, download=False):
-    """One of torchvision's sets: uint8 (N, 3, S, S), labels (N,); None if it is missing and not to be downloaded."""
+def load_torchvision(name, folder, split, size, download=False):
+    """One of torchvision's sets: uint8 (N, 3, size, size), labels (N,); None if missing and not to be downloaded."""
     which = {"split": split.replace("pretrain", "train+unlabeled")} if name == "STL10" else {"train": split != "test"}
     try:
         found = getattr(torchvision.datasets, name)(folder, download=download, **which)
@@ -558,7 +555,8 @@ def load_torchvision(name, folder, split, download=False):
             return None
         raise UserError(f"no {name} in {folder}, and it could not be downloaded ({error}); name a folder that has it "
                         f"with --data, or use --preset demo, which needs none") from error
-    pixels, labels = zip(*((np.asarray(image.convert("RGB")), label) for image, label in found))
+    pixels, labels = zip(*((np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)), label)
+                           for image, label in found))
     return np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2)), np.array(labels)
 
 
@@ -668,8 +666,8 @@ def batches(images, labels, config, rows, device, start, steps):
         indices = order(epoch)[i * B:(i + 1) * B][rows]
         chosen = images.new_empty(len(indices), *images.shape[1:], pin_memory=to_gpu)
         parts = 1 if images.is_cuda else min(16, 1 + chosen.nbytes // 2 ** 20)  # a disk needs several readers
-        list(readers.map(lambda some, out: torch.index_select(images, 0, some, out=out),
-                         indices.chunk(parts), chosen.chunk(parts)))
+        list(pool.map(lambda some, out: torch.index_select(images, 0, some, out=out),
+                      indices.chunk(parts), chosen.chunk(parts)))
         return chosen.to(device, non_blocking=to_gpu), None if labels is None else labels[indices].to(device)
 
     def prepare():  # each thread
@@ -679,11 +677,10 @@ def batches(images, labels, config, rows, device, start, steps):
         if device.type == "cuda":
             torch.cuda.set_device(device)  # else a thread would pin memory through GPU 0
 
-    with (ThreadPoolExecutor(16, initializer=prepare) as readers,
-          ThreadPoolExecutor(1, initializer=prepare) as thread):
-        ahead = thread.submit(read, start)
+    with ThreadPoolExecutor(17, initializer=prepare) as pool:  # one that reads ahead, and the 16 that it waits for
+        ahead = pool.submit(read, start)
         for step in range(start, steps):
-            batch, ahead = ahead.result(), thread.submit(read, step + 1)
+            batch, ahead = ahead.result(), pool.submit(read, step + 1)
             yield step, *batch
 
 
