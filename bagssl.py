@@ -59,7 +59,7 @@ from torch import nn
 
 @dataclass
 class Config:
-    preset: str = ""  # demo, cifar10, cifar10-cpu, cifar100, imagenet; default: one that suits device and images
+    preset: str = ""  # demo, cifar10, cifar10-cpu, cifar100, imagenet; default: cifar10 (CUDA), cifar10-cpu or demo
     dataset: str = "cifar10"  # demo, cifar10, cifar100, stl10, fashionmnist; else any images, in DATA/DATASET or DATA
     data: str = ""  # folder of images, or of torchvision's files; default: data/DATASET, downloaded if missing
     cache: str = ""  # folder for decoded images; default: .bagssl in the folder of images, shared by all runs
@@ -86,12 +86,12 @@ class Config:
     save_every: float = 5.0  # minutes between checkpoints
 
 
-# Chosen on CIFAR-10. Smaller batches allow more steps in the same time. With 25 instead of 10, inv_weight costs two to
-# three points.
+# Chosen on CIFAR-10. Smaller batches allow more steps in the same time. An inv_weight of 25 loses two to three
+# points of accuracy against 10.
 CIFAR = dict(batch_size=64, projector=(1024, 1024, 1024), inv_weight=10.0)
 
 PRESETS = {
-    # Ten classes need few dimensions of z. Two patches of an image have little in common here, so the invariance
+    # Two patches of an image share little but its class, one of ten: few dimensions of z suffice, and the invariance
     # term is large; cov_weight=10 balances it.
     "demo": dict(dataset="demo", image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
@@ -281,8 +281,8 @@ def normalize(images):
 def whitening_filters(images, epsilon=0.01):
     """PCA whitening of blocks of 3 x 3 pixels: a filter for each principal axis, axis / sqrt(variance + epsilon).
 
-    images: uint8 (N, 3, H, W), not resized as patches may be; about a million of their blocks are used. Returns float32
-    (54, 3, 3, 3), on the CPU: the 27 filters and their negatives, so that a ReLU after them keeps both signs.
+    images: uint8 (N, 3, H, W), at their own size even if patches are resized; about a million blocks are used. Returns
+    float32 (54, 3, 3, 3), on the CPU: the 27 filters and their negatives, so that a ReLU after them keeps both signs.
     """
     some = images[::max(1, images[:, 0].numel() // 1_000_000)].cpu()
     blocks = F.unfold(normalize(some), 3).transpose(0, 1).flatten(1)  # (27, blocks)
@@ -330,7 +330,7 @@ def make_backbone(arch="patchnet", stem_stride=1):
 
 
 class Encoder(nn.Module):
-    """Backbone f and projector g: standardised patches (N, 3, s, s) -> h (N, D), z (N, D')."""
+    """Backbone f and projector g: standardised patches (N, 3, s, s) -> h (N, width), z (N, D)."""
 
     def __init__(self, arch="patchnet", stem_stride=1, projector=(2048, 2048, 2048)):
         super().__init__()
@@ -427,7 +427,7 @@ class BagOfPatches(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 #
-# The order of the images is a function of the seed and the epoch, the patches are one of the seed and the step: each
+# The order of the images depends only on the seed and the epoch, the patches only on the seed and the step: each
 # process draws the numbers of the whole batch and keeps those of its own images. So the patches do not depend on the
 # number of processes, and a resumed run draws the same images, crops and augmentations as an uninterrupted one. RANK is
 # this process's rank among WORLD_SIZE processes. `training_images` and `batches` are in *Images*; `gather`, `autocast`,
@@ -474,8 +474,8 @@ def train(config, device):
         for step, batch, classes in batches(images, labels, config, rows, device, run.start, steps):
             x = views(batch, draw(step), config)  # (b V, 3, s, s)
             with autocast(device):
-                h, z = model(x)  # (b V, D), (b V, D')
-            z = gather(z.unflatten(0, (-1, V)))  # (B, V, D')
+                h, z = model(x)  # (b V, width), (b V, D)
+            z = gather(z.unflatten(0, (-1, V)))  # (B, V, D)
             loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
                                       rank=RANK, world_size=WORLD_SIZE)
             optimizer.zero_grad()
@@ -671,8 +671,8 @@ def batches(images, labels, config, rows, device, start, steps):
         return chosen.to(device, non_blocking=to_gpu), None if labels is None else labels[indices].to(device)
 
     def prepare():  # each thread
-        # With more OpenMP threads than cores, training's threads sleep while they wait for each other, instead of
-        # spinning: a step on two cores takes a tenth longer.
+        # Else each would start OpenMP threads of its own. With more of those than cores, training's threads sleep
+        # while they wait for each other, instead of spinning: a step on two cores takes a tenth longer.
         torch.set_num_threads(1)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # else a thread would pin memory through GPU 0
@@ -905,7 +905,7 @@ class OnlineProbe(nn.Module):
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     def forward(self, h, labels):
-        """Learn from the batch, and return the accuracy on the whole of it before that, a tensor, in per cent.
+        """Return the accuracy on the batch of all processes, a tensor, in per cent, then learn from that batch.
 
         h: (b, V, D), this process's embeddings; labels: (b,). An image is represented by the mean of its V.
         """
@@ -1021,7 +1021,7 @@ class Run:
         self.saved = time.monotonic()
 
     def save(self, name, content):
-        """Write a file on the first process. The others wait: if one ended meanwhile, torchrun would kill the first."""
+        """Write a file on the first process. The others wait: if one exits with an error code, torchrun kills all."""
         if RANK == 0:
             save_atomically(self.out / name, content)
         if WORLD_SIZE > 1:
@@ -1050,7 +1050,7 @@ class Progress:
 
 
 def effective_rank(h):
-    """exp of the entropy of the normalised singular values of centred h (N, D): from 1, collapsed, to min(N - 1, D)."""
+    """exp of the entropy of the normalised singular values of h (N, D), centred, 1,024 rows at most; 1: collapsed."""
     h = h.detach()[:1024].cpu().double()  # not every device has eigvalsh, or float64
     h = h - h.mean(0)
     squares = torch.linalg.eigvalsh(h.T @ h if len(h) > h.shape[1] else h @ h.T)  # far cheaper than an SVD
