@@ -929,15 +929,15 @@ class Run:
             self.state |= {"probe": self.probe, "probe_optimizer": self.probe.optimizer}
         log, lines = self.out / "log.jsonl", [json.dumps({"step": 0, "config": vars(config)}) + "\n"]
         if checkpoint:
-            self.start = checkpoint["step"]
-            if checkpoint["steps"] != steps:
-                raise UserError(f"{self.out} holds a run of {checkpoint['steps']:,} steps, not {steps:,}: the number "
-                                f"of images has changed; give another --out")
+            self.start, epochs = checkpoint["step"], checkpoint["config"]["epochs"]
+            if checkpoint["steps"] * config.epochs != steps * epochs:
+                raise UserError(f"{self.out} holds a run of {checkpoint['steps'] // epochs:,} steps per epoch, not "
+                                f"{steps // config.epochs:,}: the number of images has changed; give another --out")
             for name in self.state.keys() & checkpoint.keys():
                 self.state[name].load_state_dict(checkpoint[name])
             if RANK == 0 and log.exists():  # drop later steps, which are run again, and a line that was cut off
-                lines = [line for line in log.read_text().splitlines(keepends=True)
-                         if line.endswith("}\n") and json.loads(line)["step"] <= self.start]
+                lines += [line for line in log.read_text().splitlines(keepends=True)
+                          if line.endswith("}\n") and 0 < json.loads(line)["step"] <= self.start]
         if RANK == 0:
             side = config.patch_size or patch_side(config.image_size, config.image_size, config.patch_scale[0])
             parameters = sum(p.numel() for p in encoder.parameters()) / 1e6
@@ -1065,7 +1065,7 @@ def find_checkpoint(config):
         found = [load_checkpoint(out / "checkpoint.pt")[0]]
         changed = [f"{name} was {value}, is {getattr(config, name)}" for name, value in found[0]["config"].items()
                    if name not in ("preset", "out", "cache", "device", "compile", "save_every")
-                   and value != getattr(config, name)]
+                   and value != getattr(config, name) and not (name == "epochs" and value < config.epochs)]
         if changed:
             raise UserError(f"{out} holds a run of another config ({'; '.join(changed)}); give another --out, or "
                             f"remove that folder")

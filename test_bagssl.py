@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -686,13 +687,24 @@ def test_a_finished_run_is_left_alone_and_what_cannot_continue_is_refused(tiny_r
     added = [next((tiny_run.data / "train").iterdir()) / f"added{i}.png" for i in range(8)]
     for path in added:
         write_image(path)
-    assert "a run of 45 steps, not 60: the number of images has changed" in refused(*again)
+    assert "a run of 3 steps per epoch, not 4: the number of images has changed" in refused(*again)
     for path in added:
         path.unlink()
     assert before == {path.name: path.read_bytes() for path in tiny_run.out.iterdir()}
     (tmp_path / "precious.txt").write_text("mine")
     assert "holds no run" in refused(*tiny, "--out", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_a_run_goes_on_to_more_epochs(tiny_run, tiny, out, run, refused):
+    shutil.copytree(tiny_run.out, out)
+    assert "at step 45 of 60" in run(*tiny, "--epochs", 20).stdout
+    header, *entries = read_log(out)
+    assert header["config"]["epochs"] == 20
+    assert [entry["step"] for entry in entries] == [10, 20, 30, 40, 45, 50, 60]
+    assert entries[-2]["lr"] == pytest.approx(1e-4 * math.cos(math.pi * 49 / 60 / 2) ** 2)  # not of 45 steps
+    assert saved_step(out) == 60 and not same_weights(out, tiny_run.out)
+    assert "epochs was 20, is 19" in refused(*tiny, "--epochs", 19)
 
 
 def train_and_look_at_every_step(*arguments):
