@@ -11,10 +11,10 @@
         --patch-size 224
 
 For each n, and for the whole image in one forward pass, it reports the accuracy of a linear probe (softmax regression
-on frozen, standardised features) and of a weighted kNN classifier, once on plain and once on whitened features. Two
-controls show what was not learned: the same network untrained, and raw pixels. The results are added to eval.jsonl
-beside the checkpoint. The probe's weight decay is chosen on a held-out tenth of the training images; test images serve
-only for the accuracies reported.
+on frozen, standardised features) and of a weighted kNN classifier, once on plain and once on whitened features. For the
+n nearest to 16, it also averages and probes the projector's first hidden layer. Two controls show what was not learned:
+the same network untrained, and raw pixels. The results are added to eval.jsonl beside the checkpoint. The probe's
+weight decay is chosen on a held-out tenth of the training images; test images serve only for the accuracies reported.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
@@ -203,9 +204,9 @@ def load_published(path, arch):
 def load_model(arguments):
     """The trained network, an untrained one (both on the CPU; their `backbone` is probed), and the Config."""
     if arguments.arch:
-        trained = torch.nn.Module()  # stands in for an Encoder; there is no projector
+        trained = nn.Module()  # stands in for an Encoder; there is no projector
         trained.backbone, stride = load_published(arguments.checkpoint, arguments.arch)
-        config = bagssl.Config(dataset="", arch=arguments.arch, stem_stride=stride, projector=(1, 1, 1))
+        config = bagssl.Config(dataset="", arch=arguments.arch, stem_stride=stride, projector=(1,))
     else:
         trained, config = bagssl.load_encoder(arguments.checkpoint)
     for name in ("data", "cache", "image_size", "patch_size"):
@@ -299,13 +300,16 @@ def main():
     train_images, train_labels = load_split(config, arguments, "train")
     test_images, test_labels = load_split(config, arguments, "test")
 
-    trained, untrained = trained.backbone.to(device), untrained.backbone.to(device)
+    trained.to(device)
     sides = sorted({math.isqrt(n) for n in arguments.patches})
     names = [f"bag of {side ** 2}" if side > 1 else "one patch, the centre" for side in sides]
-    embedders = {name: BagOfPatches(trained, side, scale, size) for name, side in zip(names, sides)}
-    embedders["whole image, one pass"] = BagOfPatches(trained, per_side=1, scale=1.0, size=whole_size, chunk=64)
-    control = min(sides, key=lambda side: abs(side ** 2 - 16))  # the bag nearest to 16
-    embedders[f"untrained, bag of {control ** 2}"] = BagOfPatches(untrained, control, scale, size)
+    embedders = {name: BagOfPatches(trained.backbone, side, scale, size) for name, side in zip(names, sides)}
+    near_16 = min(sides, key=lambda side: abs(side ** 2 - 16))
+    if len(config.projector) > 1:
+        layers = nn.Sequential(trained.backbone, *list(trained.projector)[:3])  # linear, BatchNorm, ReLU
+        embedders[f"hidden layer, bag of {near_16 ** 2}"] = BagOfPatches(layers, near_16, scale, size)
+    embedders["whole image, one pass"] = BagOfPatches(trained.backbone, 1, 1.0, whole_size, chunk=64)
+    embedders[f"untrained, bag of {near_16 ** 2}"] = BagOfPatches(untrained.backbone.to(device), near_16, scale, size)
     embedders["raw pixels"] = raw_pixels
 
     results = []

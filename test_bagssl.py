@@ -1031,9 +1031,21 @@ def evaluated(tiny_run, tmp_path, run):
 def test_probe_prints_a_table_and_writes_it(evaluated, processes):
     printed, results = evaluated("--patches", 1, 4, script=eval_linear, processes=processes)
     rows = [row["features"] for row in results]
-    assert rows == ["one patch, the centre", "bag of 4", "whole image, one pass", "untrained, bag of 4", "raw pixels"]
+    assert rows == ["one patch, the centre", "bag of 4", "hidden layer, bag of 4", "whole image, one pass",
+                    "untrained, bag of 4", "raw pixels"]
     for row in results:
         assert 0 <= row["top1"] <= 100 and f"{row['features']:24}  top1 {row['top1']:5.2f} %  knn" in printed
+
+
+def test_the_hidden_layer_is_that_of_the_projector(evaluated, tiny_run, monkeypatch):
+    bag = Mock(wraps=bagssl.BagOfPatches)
+    monkeypatch.setattr(eval_linear, "BagOfPatches", bag)
+    evaluated("--patches", 4, script=eval_linear)
+    encoder, x = bagssl.load_encoder(tiny_run.checkpoint)[0].double(), torch.rand(20, 3, 10, 10)
+    linear, norm = encoder.projector[0], encoder.projector[1]
+    y = encoder.backbone(x.double()) @ linear.weight.T
+    y = (y - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+    assert_close(bag.call_args_list[1].args[0](x).double(), y.clamp(min=0), rtol=1e-3, atol=1e-3)
 
 
 def test_the_untrained_control_has_the_whitening_and_nothing_else(tiny_run):
