@@ -1027,9 +1027,12 @@ def evaluated(tiny_run, tmp_path, run):
     return evaluated
 
 
+SMALL = "--image-size", 20, "--patch-scale", 0.25  # raw pixels of larger images have thousands of axes
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_probe_prints_a_table_and_writes_it(evaluated, processes):
-    printed, results = evaluated("--patches", 1, 4, script=eval_linear, processes=processes)
+    printed, results = evaluated("--patches", 1, 4, *SMALL, script=eval_linear, processes=processes)
     rows = [row["features"] for row in results]
     assert rows == ["one patch, the centre", "bag of 4", "hidden layer, bag of 4", "whole image, one pass",
                     "untrained, bag of 4", "raw pixels"]
@@ -1040,7 +1043,7 @@ def test_probe_prints_a_table_and_writes_it(evaluated, processes):
 def test_the_hidden_layer_is_that_of_the_projector(evaluated, tiny_run, monkeypatch):
     bag = Mock(wraps=bagssl.BagOfPatches)
     monkeypatch.setattr(eval_linear, "BagOfPatches", bag)
-    evaluated("--patches", 4, script=eval_linear)
+    evaluated("--patches", 4, *SMALL, script=eval_linear)
     encoder, x = bagssl.load_encoder(tiny_run.checkpoint)[0].double(), torch.rand(20, 3, 10, 10)
     linear, norm = encoder.projector[0], encoder.projector[1]
     y = encoder.backbone(x.double()) @ linear.weight.T
@@ -1082,7 +1085,7 @@ def test_a_published_checkpoint_is_probed(tiny_run, run, refused, tmp_path):
     torch.save(state, whole)
     torch.save(dict(list(state.items())[:-3]), part)
     resnet18 = "--checkpoint", whole, "--arch", "resnet18"
-    views = "--data", tiny_run.data, "--image-size", 40, "--patch-scale", 0.1, "--patch-size", 20
+    views = "--data", tiny_run.data, "--patch-size", 20, *SMALL
     assert "bag of 4" in run(*resnet18, *views, "--patches", 1, 4, script=eval_linear).stdout
     assert "give --data, --image-size, --patch-scale" in refused(*resnet18, script=eval_linear)
     assert "projection z, which this checkpoint lacks" in refused("locality", *resnet18, *views, script=claims)
