@@ -11,10 +11,10 @@
         --patch-size 224
 
 For each n, and for the whole image in one forward pass, it reports the accuracy of a linear probe (softmax regression
-on frozen, standardised features) and of a weighted kNN classifier, once on plain and once on whitened features. For the
-n nearest to 16, it also averages and probes the projector's first hidden layer. Two controls show what was not learned:
-the same network untrained, and raw pixels. The results are added to eval.jsonl beside the checkpoint. The probe's
-weight decay is chosen on a held-out tenth of the training images; test images serve only for the accuracies reported.
+on frozen, standardised features) and of a weighted kNN classifier on plain and on whitened features. For the n nearest
+to 16, it also averages and probes the projector's first hidden layer. Two controls need no training: the same network
+untrained, and raw pixels. The results are added to eval.jsonl beside the checkpoint. The probe's weight decay is chosen
+on a held-out tenth of the training images; test images serve only for the accuracies reported.
 """
 
 import argparse
@@ -47,11 +47,11 @@ def raw_pixels(images):
 def embed(embedder, images, device, name="", block=256):
     """Embed uint8 images (N, 3, H, W), a block at a time: float32 (N, D), on the CPU.
 
-    embedder: (B, 3, H, W) -> (B, D), on `device`. Under torchrun each process embeds a part; rank 0 returns
-    all features, the others None.
+    embedder: (B, 3, H, W) -> (B, D), on `device`. name: for lines of progress; without it there are none. Under
+    torchrun each process embeds a part; rank 0 returns all features, the others None.
     """
     part = math.ceil(len(images) / WORLD_SIZE)
-    mine = torch.arange(RANK * part, (RANK + 1) * part).clamp(max=len(images) - 1)  # to gather, parts must be
+    mine = torch.arange(RANK * part, (RANK + 1) * part).clamp(max=len(images) - 1)  # gather takes equal parts
     features, progress = [], bagssl.Progress()
     for rows in mine.split(block):
         with bagssl.autocast(device):
@@ -72,16 +72,16 @@ def embed(embedder, images, device, name="", block=256):
 
 
 def fit_linear(features, labels, classes, decays, iterations=100, block=8192):
-    """Softmax regression by L-BFGS: minimise cross entropy + (decay / 2) ||W||^2, for several decays at once.
+    """Softmax regression by L-BFGS: minimise mean cross entropy + (decay / 2) ||W||^2, several decays at once.
 
     features: (N, D), standardised and, for fast convergence, rotated to their principal axes (as by `linear_probe`).
     labels: int64 (N,). Returns (R, D + 1, classes) for R decays; the last row is the bias, not decayed.
     """
     decays = torch.tensor(decays, device=features.device)[:, None, None]
-    # Diagonal preconditioning: at W = 0 the Hessian's diagonal is about mean(x^2) / classes + decay.
+    # L-BFGS works on `free`; the weights are free * scale, which is diagonal preconditioning: at W = 0 the Hessian's
+    # diagonal is about mean(x^2) / classes + decay.
     scale = (features.square().mean(0)[:, None] / classes + decays).rsqrt()  # (R, D, 1)
     scale = F.pad(scale, (0, 0, 0, 1), value=classes ** 0.5)  # the bias: mean(x^2) = 1, no decay
-    # L-BFGS works on `free`; the weights are free * scale.
     free = torch.zeros(*scale.shape[:2], classes, device=features.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([free], max_iter=iterations, tolerance_change=1e-7, line_search_fn="strong_wolfe")
 
@@ -89,7 +89,7 @@ def fit_linear(features, labels, classes, decays, iterations=100, block=8192):
         optimizer.zero_grad()
         loss = (decays / 2 * (free * scale)[:, :-1].square()).sum()
         loss.backward()
-        for x, y in zip(features.split(block), labels.split(block)):  # bounded memory; one pass for all decays
+        for x, y in zip(features.split(block), labels.split(block)):  # a backward pass per block bounds the memory
             weight = (free * scale).transpose(0, 1)  # (D + 1, R, classes)
             scores = torch.addmm(weight[-1].flatten(), x, weight[:-1].flatten(1)).view(-1, classes)  # (n R, classes)
             part = F.cross_entropy(scores, y.repeat_interleave(len(decays)), reduction="sum") / len(features)
@@ -107,12 +107,12 @@ def top_k(scores, labels, k):
 
 
 def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)):
-    """Fit and test a linear probe: a dict of its accuracies in per cent, and of the weight decay chosen.
+    """Fit and test a linear probe on frozen features.
 
     train (N, D), test (M, D): features, standardised here with the training set's statistics. Labels: int64 (N,), (M,).
     The decay is chosen on a random tenth of the training set, held out; then the probe is fitted to the whole set.
-    Returns "top1", "top5" if there are more than ten classes, and "decay". Raises UserError on fewer than 10 training
-    images.
+    Returns a dict of the accuracies in per cent, "top1" and, with more than ten classes, "top5", and of the "decay".
+    Raises UserError on fewer than 10 training images.
     """
     if len(train) < 10:
         raise UserError(f"{len(train)} images are too few to fit a probe and choose its weight decay; give 10 or more")
@@ -135,11 +135,12 @@ def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3
 def whiten(train, test, epsilon=1e-3):
     """PCA-whiten train (N, D) and test (M, D) with the training set's mean and covariance.
 
-    epsilon times the largest variance is added to each, so that directions of little variance are not amplified.
+    epsilon times the largest variance is added to each: directions of little variance are amplified, but not without
+    limit.
     """
     mean = train.mean(0)
     variances, axes = torch.linalg.eigh(torch.cov(train.T).cpu())  # not every device has eigh
-    variances = (variances + epsilon * variances[-1]).clamp(min=1e-12)  # in case all features are equal
+    variances = (variances + epsilon * variances[-1]).clamp(min=1e-12)  # in case no feature varies
     axes = (axes / variances.sqrt()).to(train.device)
     return (train - mean) @ axes, (test - mean) @ axes
 
@@ -174,11 +175,11 @@ def named_tensors(content, name=""):
 
 
 def load_published(path, arch):
-    """Load the backbone of a published ResNet: (the module in eval mode, its stem's stride, 1 or 4).
+    """Load the backbone of a published ResNet: (the module in eval mode, its stem's stride).
 
-    The tensors are found by the sequence of their shapes, so names and nesting do not matter. If several
-    networks match (a momentum encoder, say), the first is taken, and named in a message. A stem of 3 x 3
-    is assumed to have stride 1. Raises UserError if nothing matches.
+    The stride is 4 for a stem of 7 x 7, and assumed to be 1 for one of 3 x 3. The tensors are found by the sequence of
+    their shapes, so names and nesting do not matter. If several networks match (a momentum encoder, say), the first is
+    taken, and named in a message. Raises UserError if the file cannot be read, or nothing matches.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # many checkpoints hold their arguments
@@ -202,11 +203,11 @@ def load_published(path, arch):
 
 
 def load_model(arguments):
-    """The trained network, an untrained one (both on the CPU; their `backbone` is probed), and the Config."""
+    """The trained and an untrained network, on the CPU, and the Config, with the arguments' images and patch size."""
     if arguments.arch:
         trained = nn.Module()  # stands in for an Encoder; there is no projector
         trained.backbone, stride = load_published(arguments.checkpoint, arguments.arch)
-        config = bagssl.Config(dataset="", arch=arguments.arch, stem_stride=stride, projector=(1,))
+        config = bagssl.Config(dataset="", arch=arguments.arch, stem_stride=stride, projector=(1, 1, 1))
     else:
         trained, config = bagssl.load_encoder(arguments.checkpoint)
     for name in ("data", "cache", "image_size", "patch_size"):
@@ -240,13 +241,13 @@ def view_sizes(config, arguments):
 
 
 def add_arguments(parser):
-    """The flags about the network and the images, for this script and .github/claims.py."""
+    """This script's flags, which .github/claims.py has too."""
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint.pt of a run of bagssl.py; with --arch, any published ResNet")
     add("--patches", type=int, nargs="+", default=[1, 4, 16], help="numbers of patches to average per image: squares")
     add("--patch-scale", type=float,
         help="a patch's fraction of the image's area; default: as trained, or the middle of the trained range")
-    add("--patch-size", type=int, help="side to resize patches to, 0: not resized; default: as trained")
+    add("--patch-size", type=int, help="side to resize patches to, 0: not resized; default: as trained, with --arch 0")
     add("--image-size", type=int, help="side of the images; default: as trained")
     add("--arch", choices=["resnet18", "resnet34", "resnet50"], help="network of another project's checkpoint; "
         "needs --data, --image-size and --patch-scale")
@@ -270,9 +271,10 @@ def check_arguments(arguments):
         raise UserError(f"a checkpoint of another project does not say how it was trained: give {', '.join(needed)}")
 
 
-def load_split(c, arguments, split):
+def load_split(config, arguments, split):
     """The images and labels of a split of the config's dataset, or as many as the arguments say, drawn at random."""
-    images, labels = bagssl.load_images(c.dataset, c.data, split, c.image_size, c.cache, c.seed)
+    images, labels = bagssl.load_images(config.dataset, config.data, split, config.image_size, config.cache,
+                                        config.seed)
     if limit := getattr(arguments, f"{split}_images"):
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit]
         images, labels = images[chosen], labels[chosen]
@@ -280,7 +282,7 @@ def load_split(c, arguments, split):
 
 
 def save_results(arguments, show, **table):
-    """Append a line to eval.jsonl beside the checkpoint. show: "probe", or what claims.py was to show."""
+    """Append a line to eval.jsonl beside the checkpoint. show: "probe", or a claim of claims.py."""
     path = Path(arguments.checkpoint).parent / "eval.jsonl"
     earlier = path.read_bytes() if path.exists() else b""
     table = {"show": show, "checkpoint": str(arguments.checkpoint), "torch": torch.__version__, **table}
@@ -304,12 +306,13 @@ def main():
     sides = sorted({math.isqrt(n) for n in arguments.patches})
     names = [f"bag of {side ** 2}" if side > 1 else "one patch, the centre" for side in sides]
     embedders = {name: BagOfPatches(trained.backbone, side, scale, size) for name, side in zip(names, sides)}
-    near_16 = min(sides, key=lambda side: abs(side ** 2 - 16))
-    if len(config.projector) > 1:
+    side = min(sides, key=lambda side: abs(side ** 2 - 16))
+    nearest = f"bag of {side ** 2}"  # to 16
+    if not arguments.arch:
         layers = nn.Sequential(trained.backbone, *list(trained.projector)[:3])  # linear, BatchNorm, ReLU
-        embedders[f"hidden layer, bag of {near_16 ** 2}"] = BagOfPatches(layers, near_16, scale, size)
+        embedders[f"hidden layer, {nearest}"] = BagOfPatches(layers, side, scale, size)
     embedders["whole image, one pass"] = BagOfPatches(trained.backbone, 1, 1.0, whole_size, chunk=64)
-    embedders[f"untrained, bag of {near_16 ** 2}"] = BagOfPatches(untrained.backbone.to(device), near_16, scale, size)
+    embedders[f"untrained, {nearest}"] = BagOfPatches(untrained.backbone.to(device), side, scale, size)
     embedders["raw pixels"] = raw_pixels
 
     results = []
