@@ -941,7 +941,9 @@ class Run:
         if RANK == 0:
             side = config.patch_size or patch_side(config.image_size, config.image_size, config.patch_scale[0])
             parameters = sum(p.numel() for p in encoder.parameters()) / 1e6
-            where = f"at step {self.start} of" if self.start < steps else "complete (give another --out for a new run):"
+            where = f"at step {self.start} of"
+            if self.start >= steps:
+                where = "complete (give more --epochs, or another --out for a new run):"
             print(f"model:   {config.arch} with projector, {parameters:.1f} M parameters, on {device.type} in "
                   f"{'bfloat16' if has_bf16(device) else 'float32'}, processes: {WORLD_SIZE}\n"
                   f"run:     {config.out} (preset {config.preset}), {where} {steps:,} steps of {config.batch_size} "

@@ -681,7 +681,7 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tiny, out, run, monkey
 def test_a_finished_run_is_left_alone_and_what_cannot_continue_is_refused(tiny_run, tiny, tmp_path, refused, run):
     before = {path.name: path.read_bytes() for path in tiny_run.out.iterdir()}
     again = [*tiny, "--out", tiny_run.out]
-    assert "complete (give another --out" in run(*again).stdout
+    assert "complete (give more --epochs, or another --out" in run(*again).stdout
     sentence = refused(*again, "--lr", 0.5)
     assert "another config" in sentence and "lr was 0.0001, is 0.5" in sentence
     added = [next((tiny_run.data / "train").iterdir()) / f"added{i}.png" for i in range(8)]
