@@ -281,8 +281,8 @@ def normalize(images):
 def whitening_filters(images, epsilon=0.01):
     """PCA whitening of blocks of 3 x 3 pixels: a filter for each principal axis, axis / sqrt(variance + epsilon).
 
-    images: uint8 (N, 3, H, W), at their own size even if patches are resized; about a million blocks are used. Returns
-    float32 (54, 3, 3, 3), on the CPU: the 27 filters and their negatives, so that a ReLU after them keeps both signs.
+    images: uint8 (N, 3, H, W), not resized even if patches are; about a million blocks are used. Returns float32
+    (54, 3, 3, 3), on the CPU: the 27 filters and their negatives, so that a ReLU after them keeps both signs.
     """
     some = images[::max(1, images[:, 0].numel() // 1_000_000)].cpu()
     blocks = F.unfold(normalize(some), 3).transpose(0, 1).flatten(1)  # (27, blocks)
@@ -309,7 +309,7 @@ class PatchNet(nn.Module):
 
     def forward(self, x):
         maps = self.layers(self.whiten(x).relu())
-        return maps.sum((2, 3)) / maps[0, 0].numel()  # .mean((2, 3)), whose gradient would fill a whole map
+        return maps.sum((2, 3)) / maps[0, 0].numel()  # as .mean((2, 3)), but writes no map of gradients
 
 
 def make_backbone(arch="patchnet", stem_stride=1):
@@ -347,7 +347,7 @@ class Encoder(nn.Module):
 #
 # Let p(x1, x2) be the distribution of two patches of one image, and p(x) that of a single patch. The ratio
 # r = p(x1, x2) / (p(x1) p(x2)) says how much more often than by chance two patches occur together. The paper's first
-# loss, L_C, fits the inner product of their projections to it, times a constant w > 0:
+# loss, L_C, fits it by w > 0 times the inner product of their projections:
 #     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - r)^2 ]
 # The square expands into three terms. Since E_{p(x1) p(x2)}[r z1.z2] = E_{p(x1, x2)}[z1.z2], and since
 # E_{p(x1) p(x2)}[(z1.z2)^2] = || E[z z^T] ||_F^2, they are, up to a constant, 2 w times the paper's second loss, L_S:
@@ -561,15 +561,16 @@ def load_torchvision(name, folder, split, size, download=False):
 
 
 def load_folder(folder, split, size, cache=""):
-    """(The path of a folder's decoded images, labels (N,) or None), or None if the folder holds no images."""
+    """The path of a folder's decoded images and their labels, (N,) or None; or None if the folder holds no images."""
     if not folder.is_dir():
         return None
     train, test = folder / "train", folder / ("val" if (folder / "val").is_dir() else "test")
     chosen = folder
     if train.is_dir():
         chosen = test if split == "test" else train
-    found = torchvision.datasets.folder.make_dataset(  # at any depth
-        str(chosen), {".": 0}, torchvision.datasets.folder.IMG_EXTENSIONS, allow_empty=True)
+    found = torchvision.datasets.folder.make_dataset(
+        str(chosen), {".": 0},  # all of it, at any depth
+        torchvision.datasets.folder.IMG_EXTENSIONS, allow_empty=True)
     names = sorted(os.path.relpath(path, chosen) for path, _ in found)
     names = [name for name in names if f"{os.sep}." not in os.sep + name]  # skip hidden files and folders
     classes = sorted(path.name for path in train.glob("[!.]*") if path.is_dir())
@@ -825,7 +826,7 @@ class NormalizeBatch(torch.autograd.Function):
         sums = torch.stack(totals)  # of gradient * (x - mean) / sqrt(var + eps), and of gradient
         dist.all_reduce(sums)
         # With n = (x - mean) / sqrt(var + eps), the gradient of x is weight / sqrt(var + eps) times
-        # gradient - mean(gradient) - n mean(gradient n): what is subtracted is another F.batch_norm of x.
+        # (gradient - mean(gradient) - n mean(gradient n)): what is subtracted is another F.batch_norm of x.
         scale, shift = sums * weight * (var + ctx.eps).rsqrt() * x.shape[1] / (dist.get_world_size() * x.numel())
         return x_gradient - F.batch_norm(x, mean, var, scale, shift, eps=ctx.eps), None, None, *totals, None
 
@@ -905,7 +906,7 @@ class OnlineProbe(nn.Module):
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     def forward(self, h, labels):
-        """Return the accuracy on the batch of all processes, a tensor, in per cent, then learn from that batch.
+        """Learn from the batch of all processes. Returns the accuracy before that, a tensor, in per cent.
 
         h: (b, V, D), this process's embeddings; labels: (b,). An image is represented by the mean of its V.
         """
@@ -929,9 +930,9 @@ class Run:
             self.state |= {"probe": self.probe, "probe_optimizer": self.probe.optimizer}
         log, lines = self.out / "log.jsonl", [json.dumps({"step": 0, "config": vars(config)}) + "\n"]
         if checkpoint:
-            self.start, epochs = checkpoint["step"], checkpoint["config"]["epochs"]
-            if checkpoint["steps"] * config.epochs != steps * epochs:
-                raise UserError(f"{self.out} holds a run of {checkpoint['steps'] // epochs:,} steps per epoch, not "
+            self.start, before = checkpoint["step"], checkpoint["steps"] // checkpoint["config"]["epochs"]
+            if before != steps // config.epochs:
+                raise UserError(f"{self.out} holds a run of {before:,} steps per epoch, not "
                                 f"{steps // config.epochs:,}: the number of images has changed; give another --out")
             for name in self.state.keys() & checkpoint.keys():
                 self.state[name].load_state_dict(checkpoint[name])
@@ -1023,7 +1024,7 @@ class Run:
         self.saved = time.monotonic()
 
     def save(self, name, content):
-        """Write a file on the first process. The others wait: if one exits with an error code, torchrun kills all."""
+        """Write a file on the first process. The others wait: one that exits with an error ends the writer too."""
         if RANK == 0:
             save_atomically(self.out / name, content)
         if WORLD_SIZE > 1:
@@ -1091,7 +1092,7 @@ def save_atomically(path, content):
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         if unfinished.is_file():
             unfinished.unlink()
-        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); make room there, or give another --out. "
+        raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); make room there, or use another folder. "
                         f"What was saved before is intact") from error
 
 
@@ -1147,9 +1148,8 @@ def parse_config(argv=None):
                             help=comments[name].replace("%", "%%") + (f" [{default}]" if default else ""))
     given = vars(parser.parse_args(argv))
     cuda = torch.cuda.is_available() and given.get("device", "cuda").startswith("cuda")
-    other = "data" in given or "dataset" in given  # than the demo's images
-    default = "demo" if given.get("dataset") == "demo" else "cifar10" if cuda else "cifar10-cpu" if other else "demo"
-    preset = given.get("preset", default)
+    demo = given.get("dataset") == "demo" or not (cuda or given.keys() & {"data", "dataset"})
+    preset = given.get("preset", "demo" if demo else "cifar10" if cuda else "cifar10-cpu")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     return Config(**{"preset": preset, "out": f"runs/{preset}", **PRESETS[preset], **given})
 
@@ -1185,14 +1185,14 @@ def run_cli(main):
         main()
     except (UserError, FloatingPointError, RuntimeError, MemoryError) as error:
         sentence, _, _ = str(error).partition("\n")
-        if isinstance(error, (RuntimeError, MemoryError)):
-            if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
-                sentence = (f"out of memory ({sentence or 'MemoryError'}); give a smaller --batch-size or "
-                            f"--num-patches, or to a probe fewer --train-images")
-            elif isinstance(error, torch._dynamo.exc.TorchDynamoException):  # it needs Triton and a C or C++ compiler
-                sentence = f"torch.compile fails here ({sentence}); give --compile no"
-            else:
+        if isinstance(error, MemoryError) or (
+                isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", str(error))):
+            sentence = (f"out of memory ({sentence or 'MemoryError'}); give a smaller --batch-size or --num-patches, "
+                        f"or to a probe fewer --train-images")
+        elif isinstance(error, RuntimeError):
+            if not isinstance(error, torch._dynamo.exc.TorchDynamoException):  # it needs Triton and a C or C++ compiler
                 raise
+            sentence = f"torch.compile fails here ({sentence}); give --compile no"
         if LOCAL_RANK > 0:
             time.sleep(5)  # only the first process need print the error: when it ends, torchrun ends this one
         print(f"error: {sentence}", file=sys.stderr, flush=True)
