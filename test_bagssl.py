@@ -1034,21 +1034,22 @@ SMALL = "--image-size", 20, "--patch-scale", 0.25  # raw pixels of larger images
 def test_probe_prints_a_table_and_writes_it(evaluated, processes):
     printed, results = evaluated("--patches", 1, 4, *SMALL, script=eval_linear, processes=processes)
     rows = [row["features"] for row in results]
-    assert rows == ["one patch, the centre", "bag of 4", "hidden layer, bag of 4", "whole image, one pass",
+    assert rows == ["one patch, the centre", "bag of 4", "whole image, one pass",
                     "untrained, bag of 4", "raw pixels"]
     for row in results:
-        assert 0 <= row["top1"] <= 100 and f"{row['features']:24}  top1 {row['top1']:5.2f} %  knn" in printed
+        assert 0 <= row["top1"] <= 100 and f"{row['features']:22}  top1 {row['top1']:5.2f} %  knn" in printed
 
 
-def test_the_hidden_layer_is_that_of_the_projector(evaluated, tiny_run, monkeypatch):
-    bag = Mock(wraps=bagssl.BagOfPatches)
-    monkeypatch.setattr(eval_linear, "BagOfPatches", bag)
-    evaluated("--patches", 4, *SMALL, script=eval_linear)
-    encoder, x = bagssl.load_encoder(tiny_run.checkpoint)[0].double(), torch.rand(20, 3, 10, 10)
-    linear, norm = encoder.projector[0], encoder.projector[1]
-    y = encoder.backbone(x.double()) @ linear.weight.T
-    y = (y - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
-    assert_close(bag.call_args_list[1].args[0](x).double(), y.clamp(min=0), rtol=1e-3, atol=1e-3)
+def test_two_layers_are_the_embedding_and_the_hidden_layer(evaluated, tiny_run, monkeypatch):
+    layers = Mock(wraps=eval_linear.two_layers)
+    monkeypatch.setattr(eval_linear, "two_layers", layers)
+    _, results = evaluated("--patches", 4, *SMALL, "--two-layers", script=eval_linear)
+    assert [row["features"] for row in results][:2] == ["bag of 4", "two layers, bag of 4"]
+    probed = layers.call_args.args[0].double()
+    encoder, x = bagssl.load_encoder(tiny_run.checkpoint)[0].double(), torch.rand(20, 3, 10, 10, dtype=torch.double)
+    h, linear, norm = encoder.backbone(x), encoder.projector[0], encoder.projector[1]
+    y = (h @ linear.weight.T - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+    assert_close(layers(probed, x), torch.cat([h, y.clamp(min=0)], 1))
 
 
 def test_the_untrained_control_has_the_whitening_and_nothing_else(tiny_run):
@@ -1088,6 +1089,7 @@ def test_a_published_checkpoint_is_probed(tiny_run, run, refused, tmp_path):
     views = "--data", tiny_run.data, "--patch-size", 20, *SMALL
     assert "bag of 4" in run(*resnet18, *views, "--patches", 1, 4, script=eval_linear).stdout
     assert "give --data, --image-size, --patch-scale" in refused(*resnet18, script=eval_linear)
+    assert "leave it out with --arch" in refused(*resnet18, *views, "--two-layers", script=eval_linear)
     assert "projection z, which this checkpoint lacks" in refused("locality", *resnet18, *views, script=claims)
     assert eval_linear.load_published(whole, "resnet18")[1] == 1
     for path, arch in ((whole, "resnet34"), (part, "resnet18")):
