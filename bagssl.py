@@ -69,7 +69,7 @@ class Config:
     projector: tuple = (2048, 2048, 2048)  # widths of the projector's layers
     image_size: int = 32  # images are resized to this short side and centre-cropped to a square
     patch_scale: tuple = (0.25,)  # a patch's fraction of the image's area; two values: a range (multi-scale)
-    patch_size: int = 0  # patches are resized to this side; 0: not resized
+    patch_size: int = 0  # patches are resized to this side; 0: not resized; a range of scales needs it
     num_patches: int = 4  # V, patches per image and step
     batch_size: int = 256  # B, images per step, over all processes
     epochs: int = 30  # passes over the images
@@ -180,7 +180,7 @@ def _cut(images, top, left, side, size):
     with torch.autocast(images.device.type, enabled=False):  # bfloat16 is too coarse for pixels
         patches = torch.einsum("bvyh,bchw,bvxw->bvcyx", rows, images.float(), columns)
     if not images.is_floating_point():
-        patches = patches.round().clamp(0, 255)  # rounding errors can leave [0, 255]
+        patches = patches.round().clamp(0, 255)  # a coarse float32_matmul_precision can leave [0, 255]
     return patches.to(images.dtype)
 
 
@@ -936,7 +936,7 @@ class Run:
                                 f"{steps // config.epochs:,}: the number of images has changed; give another --out")
             for name in self.state.keys() & checkpoint.keys():
                 self.state[name].load_state_dict(checkpoint[name])
-            if RANK == 0 and log.exists():  # drop later steps, which are run again, and a line that was cut off
+            if RANK == 0 and log.exists():  # drop steps that run again, half a line, the old config
                 lines += [line for line in log.read_text().splitlines(keepends=True)
                           if line.endswith("}\n") and 0 < json.loads(line)["step"] <= self.start]
         if RANK == 0:
@@ -1024,7 +1024,7 @@ class Run:
         self.saved = time.monotonic()
 
     def save(self, name, content):
-        """Write a file on the first process. The others wait: one that exits with an error ends the writer too."""
+        """Write a file on the first process. The others wait: if one exited with an error, torchrun would end all."""
         if RANK == 0:
             save_atomically(self.out / name, content)
         if WORLD_SIZE > 1:
@@ -1066,6 +1066,7 @@ def find_checkpoint(config):
     out, found = Path(config.out), [None]
     if RANK == 0 and (out / "checkpoint.pt").exists():
         found = [load_checkpoint(out / "checkpoint.pt")[0]]
+        # Settings that do not change what is trained may differ, and the epochs may grow.
         changed = [f"{name} was {value}, is {getattr(config, name)}" for name, value in found[0]["config"].items()
                    if name not in ("preset", "out", "cache", "device", "compile", "save_every")
                    and value != getattr(config, name) and not (name == "epochs" and value < config.epochs)]
@@ -1148,6 +1149,7 @@ def parse_config(argv=None):
                             help=comments[name].replace("%", "%%") + (f" [{default}]" if default else ""))
     given = vars(parser.parse_args(argv))
     cuda = torch.cuda.is_available() and given.get("device", "cuda").startswith("cuda")
+    # Without CUDA, the demo is the default, unless --data or --dataset asks for other images.
     demo = given.get("dataset") == "demo" or not (cuda or given.keys() & {"data", "dataset"})
     preset = given.get("preset", "demo" if demo else "cifar10" if cuda else "cifar10-cpu")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -1190,7 +1192,7 @@ def run_cli(main):
             sentence = (f"out of memory ({sentence or 'MemoryError'}); give a smaller --batch-size or --num-patches, "
                         f"or to a probe fewer --train-images")
         elif isinstance(error, RuntimeError):
-            if not isinstance(error, torch._dynamo.exc.TorchDynamoException):  # it needs Triton and a C or C++ compiler
+            if not isinstance(error, torch._dynamo.exc.TorchDynamoException):  # compiling needs Triton and C++
                 raise
             sentence = f"torch.compile fails here ({sentence}); give --compile no"
         if LOCAL_RANK > 0:

@@ -205,7 +205,7 @@ def load_published(path, arch):
 
 
 def load_model(arguments):
-    """The trained and an untrained network, on the CPU, and the Config, with the arguments' images and patch size."""
+    """The trained and an untrained network, on the CPU, and the Config, updated by the arguments but for the scale."""
     if arguments.arch:
         trained = nn.Module()  # stands in for an Encoder; there is no projector
         trained.backbone, stride = load_published(arguments.checkpoint, arguments.arch)
@@ -216,7 +216,8 @@ def load_model(arguments):
         if getattr(arguments, name) is not None:
             setattr(config, name, getattr(arguments, name))
     scale = config.patch_scale if arguments.patch_scale is None else (arguments.patch_scale,)
-    bagssl.check_config(dataclasses.replace(config, patch_scale=scale), processes=1)  # config keeps the trained scale
+    # A copy, for view_sizes needs the trained scale.
+    bagssl.check_config(dataclasses.replace(config, patch_scale=scale), processes=1)
     torch.manual_seed(config.seed)
     untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()
     if config.arch == "patchnet":  # its whitening layer is computed, not learned: both have it
@@ -250,13 +251,13 @@ def view_sizes(config, arguments):
 
 
 def add_arguments(parser):
-    """This script's flags, which .github/claims.py has too."""
+    """The flags that this script shares with .github/claims.py."""
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint.pt of a run of bagssl.py; with --arch, any published ResNet")
     add("--patches", type=int, nargs="+", default=[1, 4, 16], help="numbers of patches to average per image: squares")
     add("--patch-scale", type=float,
         help="a patch's fraction of the image's area; default: as trained, or the middle of the trained range")
-    add("--patch-size", type=int, help="side to resize patches to, 0: not resized; default: as trained, with --arch 0")
+    add("--patch-size", type=int, help="side to resize patches to, 0: not resized; default: as trained; 0 with --arch")
     add("--image-size", type=int, help="side of the images; default: as trained")
     add("--arch", choices=["resnet18", "resnet34", "resnet50"], help="network of another project's checkpoint; "
         "needs --data, --image-size and --patch-scale")
