@@ -321,7 +321,7 @@ def main():
     names = [f"bag of {side ** 2}" if side > 1 else "one patch, the centre" for side in sides]
     embedders = {name: BagOfPatches(trained.backbone, side, scale, size) for name, side in zip(names, sides)}
     side = min(sides, key=lambda side: abs(side ** 2 - 16))
-    nearest = f"bag of {side ** 2}"  # to 16
+    nearest = names[sides.index(side)]  # to 16
     if arguments.two_layers:
         embedders[f"two layers, {nearest}"] = BagOfPatches(functools.partial(two_layers, trained), side, scale, size)
     embedders["whole image, one pass"] = BagOfPatches(trained.backbone, 1, 1.0, whole_size, chunk=64)

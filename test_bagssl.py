@@ -1043,8 +1043,10 @@ def test_probe_prints_a_table_and_writes_it(evaluated, processes):
 def test_two_layers_are_the_embedding_and_the_hidden_layer(evaluated, tiny_run, monkeypatch):
     layers = Mock(wraps=eval_linear.two_layers)
     monkeypatch.setattr(eval_linear, "two_layers", layers)
-    _, results = evaluated("--patches", 4, *SMALL, "--two-layers", script=eval_linear)
-    assert [row["features"] for row in results][:2] == ["bag of 4", "two layers, bag of 4"]
+    _, results = evaluated("--patches", 1, *SMALL, "--two-layers", script=eval_linear)
+    patch = "one patch, the centre"
+    assert [row["features"] for row in results] == [patch, f"two layers, {patch}", "whole image, one pass",
+                                                    f"untrained, {patch}", "raw pixels"]
     probed = layers.call_args.args[0].double()
     encoder, x = bagssl.load_encoder(tiny_run.checkpoint)[0].double(), torch.rand(20, 3, 10, 10, dtype=torch.double)
     h, linear, norm = encoder.backbone(x), encoder.projector[0], encoder.projector[1]
