@@ -12,10 +12,10 @@
 
 For each n, and for the whole image in one forward pass, it reports the accuracy of a linear probe (softmax regression
 on frozen, standardised features) and of a weighted kNN classifier on plain and on whitened features. Two controls need
-no training: the same network untrained, and raw pixels. With --two-layers, it also probes the mean of the embeddings
-and the mean of the projector's first hidden layer, side by side. The results are added to eval.jsonl beside the
-checkpoint. The probe's weight decay is chosen on a held-out tenth of the training images; test images serve only for
-the accuracies reported.
+no training: raw pixels and, for the bag nearest to 16 patches, the same network untrained. With --two-layers, it also
+probes that bag's mean embedding concatenated with the mean of the projector's first hidden layer. The results are
+added to eval.jsonl beside the checkpoint. The probe's weight decay is chosen on a held-out tenth of the training
+images; test images serve only for the accuracies reported.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3
 
     train (N, D), test (M, D): features, standardised here with the training set's statistics. Labels: int64 (N,), (M,).
     The decay is chosen on a random tenth of the training set, held out; then the probe is fitted to the whole set.
-    Returns a dict of the accuracies in per cent, "top1" and, with more than ten classes, "top5", and of the "decay".
+    Returns a dict: the accuracies in per cent, "top1" and (with more than ten classes) "top5", and the chosen "decay".
     Raises UserError on fewer than 10 training images.
     """
     if len(train) < 10:
@@ -151,7 +151,7 @@ def knn_probe(train, train_labels, test, test_labels, k=20, temperature=0.07, bl
     """Accuracy, in per cent, of a weighted kNN classifier (Wu et al., 2018, section 3.4).
 
     Each of the k nearest neighbours by cosine has a vote of weight exp(cosine / temperature). Features and
-    labels as for `linear_probe`, but not standardised.
+    labels as for `linear_probe`, but used as they are.
     """
     classes, correct = int(train_labels.max()) + 1, 0
     train = F.normalize(train)
@@ -205,7 +205,7 @@ def load_published(path, arch):
 
 
 def load_model(arguments):
-    """The trained and an untrained network, on the CPU, and the Config, updated by the arguments but for the scale."""
+    """The trained and an untrained network, on the CPU, and the Config, updated by the arguments except the scale."""
     if arguments.arch:
         trained = nn.Module()  # stands in for an Encoder; there is no projector
         trained.backbone, stride = load_published(arguments.checkpoint, arguments.arch)
@@ -216,17 +216,17 @@ def load_model(arguments):
         if getattr(arguments, name) is not None:
             setattr(config, name, getattr(arguments, name))
     scale = config.patch_scale if arguments.patch_scale is None else (arguments.patch_scale,)
-    # A copy, for view_sizes needs the trained scale.
+    # On a copy: view_sizes needs the trained scale.
     bagssl.check_config(dataclasses.replace(config, patch_scale=scale), processes=1)
     torch.manual_seed(config.seed)
-    untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()
+    untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()  # BatchNorm is the identity
     if config.arch == "patchnet":  # its whitening layer is computed, not learned: both have it
         untrained.backbone.whiten.load_state_dict(trained.backbone.whiten.state_dict())
     return trained, untrained.to(memory_format=torch.channels_last), config
 
 
 def two_layers(encoder, patches):
-    """The embeddings h of patches (N, 3, s, s) and the projector's first hidden layer, side by side: (N, D + width)."""
+    """The embeddings h of patches (N, 3, s, s) and the projector's first hidden layer, concatenated: (N, D + width)."""
     h = encoder.backbone(patches)
     linear, norm, relu, *_ = encoder.projector
     return torch.cat([h, relu(norm(linear(h)))], 1)
@@ -235,7 +235,7 @@ def two_layers(encoder, patches):
 def view_sizes(config, arguments):
     """The scale of patches, their size or None, and the size of the whole image or None.
 
-    If patches are resized, a network trained at one scale gets the whole image enlarged by the same factor;
+    If patches are resized, a network trained at one scale gets the whole image resized by the same factor;
     multi-scale and published networks get it at the size of a patch.
     """
     low, high = config.patch_scale[0], config.patch_scale[-1]
@@ -253,8 +253,8 @@ def view_sizes(config, arguments):
 def add_arguments(parser):
     """The flags that this script shares with .github/claims.py."""
     add = parser.add_argument
-    add("--checkpoint", required=True, help="checkpoint.pt of a run of bagssl.py; with --arch, any published ResNet")
-    add("--patches", type=int, nargs="+", default=[1, 4, 16], help="numbers of patches to average per image: squares")
+    add("--checkpoint", required=True, help="checkpoint.pt of a run of bagssl.py; with --arch, a published ResNet")
+    add("--patches", type=int, nargs="+", default=[1, 4, 16], help="bag sizes, each a square number; default: 1 4 16")
     add("--patch-scale", type=float,
         help="a patch's fraction of the image's area; default: as trained, or the middle of the trained range")
     add("--patch-size", type=int, help="side to resize patches to, 0: not resized; default: as trained; 0 with --arch")
@@ -303,8 +303,8 @@ def save_results(arguments, show, **table):
 def main():
     parser = bagssl.Parser(prog="eval_linear.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     add_arguments(parser)
-    parser.add_argument("--two-layers", action="store_true", help="also probe the embeddings and the projector's first "
-        "hidden layer, side by side, for the bag nearest to 16 patches")
+    parser.add_argument("--two-layers", action="store_true", help="also probe the embeddings concatenated with the "
+        "projector's first hidden layer, for the bag nearest to 16 patches")
     arguments = parser.parse_args()
     check_arguments(arguments)
     if arguments.two_layers and arguments.arch:
@@ -340,7 +340,7 @@ def main():
             train, test = whiten(train, test)
             row["knn_whitened"] = knn_probe(train, y, test, test_y)
             columns = [f"{key} {row[key]:5.2f} %" for key in ("top1", "top5", "knn", "knn_whitened") if key in row]
-            print(f"{name:22}", *columns, sep="  ", flush=True)
+            print(f"{name:{max(map(len, embedders))}}", *columns, sep="  ", flush=True)
             results.append(row)
         if patient:
             dist.barrier(patient)

@@ -1037,7 +1037,8 @@ def test_probe_prints_a_table_and_writes_it(evaluated, processes):
     assert rows == ["one patch, the centre", "bag of 4", "whole image, one pass",
                     "untrained, bag of 4", "raw pixels"]
     for row in results:
-        assert 0 <= row["top1"] <= 100 and f"{row['features']:22}  top1 {row['top1']:5.2f} %  knn" in printed
+        name = row["features"].ljust(max(map(len, rows)))
+        assert 0 <= row["top1"] <= 100 and f"{name}  top1 {row['top1']:5.2f} %  knn" in printed
 
 
 def test_two_layers_are_the_embedding_and_the_hidden_layer(evaluated, tiny_run, monkeypatch):
