@@ -172,8 +172,8 @@ def _cut(images, top, left, side, size):
     """
     if isinstance(side, int) and size in (None, side):
         windows = images.unfold(2, side, 1).unfold(3, side, 1)  # all of them, as a view: (B, C, top, left, s, s)
-        image = torch.arange(len(images), device=images.device)[:, None]  # (B, 1)
-        return windows[image, :, top, left]  # (B, V, C, s, s): indexed dimensions come first
+        index = torch.arange(len(images), device=images.device)[:, None]  # (B, 1)
+        return windows[index, :, top, left]  # (B, V, C, s, s): indexed dimensions come first
     # Crop and resize at once: each patch has a matrix of weights for its rows, and one for its columns.
     rows = _resize_weights(top, side, images.shape[-2], size)  # (B or 1, V, size, H)
     columns = _resize_weights(left, side, images.shape[-1], size)  # (B or 1, V, size, W)
@@ -309,7 +309,7 @@ class PatchNet(nn.Module):
 
     def forward(self, x):
         maps = self.layers(self.whiten(x).relu())
-        return maps.sum((2, 3)) / maps[0, 0].numel()  # as .mean((2, 3)), but writes no map of gradients
+        return maps.sum((2, 3)) / maps[0, 0].numel()  # .mean's backward pass would write a whole map
 
 
 def make_backbone(arch="patchnet", stem_stride=1):
@@ -906,7 +906,7 @@ class OnlineProbe(nn.Module):
         self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     def forward(self, h, labels):
-        """Learn from the batch of all processes. Returns the accuracy before that, a tensor, in per cent.
+        """Learn from the batch of all processes. Returns the accuracy before learning from it, in per cent.
 
         h: (b, V, D), this process's embeddings; labels: (b,). An image is represented by the mean of its V.
         """
