@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.9", "torchvision>=0.24", "numpy>=1.26"]
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=1.26"]
 # ///
 """BagSSL: self-supervised learning on image patches, in one file.
 
@@ -59,7 +59,7 @@ from torch import nn
 
 @dataclass
 class Config:
-    preset: str = ""  # demo, cifar10, cifar10-cpu, cifar100, imagenet; default: cifar10 (CUDA), cifar10-cpu or demo
+    preset: str = ""  # demo, cifar10, cifar10-cpu, cifar100, imagenet; default: cifar10 (CUDA), else demo or cifar10-cpu
     dataset: str = "cifar10"  # demo, cifar10, cifar100, stl10, fashionmnist; else any images, in DATA/DATASET or DATA
     data: str = ""  # folder of images, or of torchvision's files; default: data/DATASET, downloaded if missing
     cache: str = ""  # folder for decoded images; default: .bagssl in the folder of images, shared by all runs
@@ -281,8 +281,8 @@ def normalize(images):
 def whitening_filters(images, epsilon=0.01):
     """PCA whitening of blocks of 3 x 3 pixels: a filter for each principal axis, axis / sqrt(variance + epsilon).
 
-    images: uint8 (N, 3, H, W), not resized even if patches are; about a million blocks are used. Returns float32
-    (54, 3, 3, 3), on the CPU: the 27 filters and their negatives, so that a ReLU after them keeps both signs.
+    images: uint8 (N, 3, H, W), of which about a million blocks are used. Returns float32 (54, 3, 3, 3), on the CPU:
+    the 27 filters and their negatives, so that a ReLU after them keeps both signs.
     """
     some = images[::max(1, images[:, 0].numel() // 1_000_000)].cpu()
     blocks = F.unfold(normalize(some), 3).transpose(0, 1).flatten(1)  # (27, blocks)
@@ -349,8 +349,8 @@ class Encoder(nn.Module):
 # r = p(x1, x2) / (p(x1) p(x2)) says how much more often than by chance two patches occur together. The paper's first
 # loss, L_C, fits it by w > 0 times the inner product of their projections:
 #     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - r)^2 ]
-# The square expands into three terms. Since E_{p(x1) p(x2)}[r z1.z2] = E_{p(x1, x2)}[z1.z2], and since
-# E_{p(x1) p(x2)}[(z1.z2)^2] = || E[z z^T] ||_F^2, they are, up to a constant, 2 w times the paper's second loss, L_S:
+# Expand the square: E_{p(x1) p(x2)}[r z1.z2] = E_{p(x1, x2)}[z1.z2], E_{p(x1) p(x2)}[(z1.z2)^2] = || E[z z^T] ||_F^2,
+# and E[r^2] does not depend on z. So L_C is, up to a constant, 2 w times the paper's second loss, L_S:
 #     L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2
 # If each of the D dimensions of z has mean 0 and variance 1, then up to constants and a common factor, inv_weight / D,
 # the terms of 2 L_S are VICReg's:
@@ -561,7 +561,7 @@ def load_torchvision(name, folder, split, size, download=False):
 
 
 def load_folder(folder, split, size, cache=""):
-    """The path of a folder's decoded images and their labels, (N,) or None; or None if the folder holds no images."""
+    """A folder's images, decoded: their .npy file's path, and labels (N,) or None; or None if the folder has none."""
     if not folder.is_dir():
         return None
     train, test = folder / "train", folder / ("val" if (folder / "val").is_dir() else "test")
@@ -874,14 +874,17 @@ def start_process(name):
 
 
 def has_bf16(device):
-    """Whether the device multiplies bfloat16 natively; emulated, it is many times slower than float32."""
+    """Whether the device multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    # Intel's CPUs need AMX for that, which virtual machines may hide: by AVX-512 they are half as fast as in float32.
+    cpu = torch.cpu.get_capabilities()
+    feature = "amx_bf16" if "Intel" in cpu.get("cpu_name", "") else "avx512_bf16"
+    return device.type == "cpu" and cpu.get(feature, False)
 
 
 def autocast(device):
-    """A context for the network: bfloat16 where the device has it, else float32."""
+    """A context for the network: bfloat16 where that is faster, else float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device))
 
 
@@ -964,7 +967,7 @@ class Run:
             signal.signal(number, handler)
 
     def after_step(self, step, loss, terms, norm, h, labels):
-        """Add up a step's metrics. Every tenth step log their means, raise unless finite, save if due, obey signals."""
+        """Add up a step's metrics. Every LOG_EVERY steps, log means, raise unless finite, save if due, obey signals."""
         metrics = {"loss": loss.detach(), **terms, "gradient_norm": norm, "clipped": (norm > self.config.clip).float()}
         if self.probe:
             metrics["probe_top1"] = self.probe(h.unflatten(0, (-1, self.config.num_patches)), labels)
@@ -1024,7 +1027,7 @@ class Run:
         self.saved = time.monotonic()
 
     def save(self, name, content):
-        """Write a file on the first process. The others wait: if one exited with an error, torchrun would end all."""
+        """Write a file on the first process. The others wait: if one exited before, torchrun might end the writer."""
         if RANK == 0:
             save_atomically(self.out / name, content)
         if WORLD_SIZE > 1:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.9", "torchvision>=0.24", "numpy>=1.26"]
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=1.26"]
 # ///
 """Probe a BagSSL encoder: how well does the mean embedding of a bag of n patches predict an image's class?
 

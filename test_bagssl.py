@@ -898,6 +898,18 @@ def test_a_gpu_compiles_by_default(monkeypatch, setting, device, compiled):
     assert [isinstance(part, functools.partial) for part in parts] == [compiled, compiled]
 
 
+@pytest.mark.parametrize("cpu, fast", [
+    ({"cpu_name": "Intel Xeon", "amx_bf16": True, "avx512_bf16": True}, True),
+    ({"cpu_name": "Intel Xeon", "amx_bf16": False, "avx512_bf16": True}, False),
+    ({"cpu_name": "AMD EPYC", "amx_bf16": False, "avx512_bf16": True}, True),
+    ({"cpu_name": "AMD EPYC", "amx_bf16": False, "avx512_bf16": False}, False), ({"architecture": "arm64"}, False)])
+def test_a_cpu_computes_in_bfloat16_only_if_that_is_fast(monkeypatch, cpu, fast):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    ones = torch.ones(2, 2)
+    with bagssl.autocast(ones.device):
+        assert (ones @ ones).dtype == (torch.bfloat16 if fast else torch.float32)
+
+
 def kill_a_process_once():
     """One of two processes kills itself in step 13, the first time round. It does not see the other one's folder."""
     if bagssl.RANK == 1:
