@@ -59,7 +59,7 @@ from torch import nn
 
 @dataclass
 class Config:
-    preset: str = ""  # demo, cifar10, cifar10-cpu, cifar100, imagenet; default: cifar10 (CUDA), else demo or cifar10-cpu
+    preset: str = ""  # demo, cifar10, cifar10-cpu, cifar100, imagenet; default: cifar10 (CUDA), demo or cifar10-cpu
     dataset: str = "cifar10"  # demo, cifar10, cifar100, stl10, fashionmnist; else any images, in DATA/DATASET or DATA
     data: str = ""  # folder of images, or of torchvision's files; default: data/DATASET, downloaded if missing
     cache: str = ""  # folder for decoded images; default: .bagssl in the folder of images, shared by all runs
