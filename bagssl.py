@@ -91,8 +91,8 @@ class Config:
 CIFAR = dict(batch_size=64, projector=(1024, 1024, 1024), inv_weight=10.0)
 
 PRESETS = {
-    # Two patches of an image share little but its class, one of ten: few dimensions of z suffice, and the invariance
-    # term is large; cov_weight=10 balances it.
+    # Two patches of an image share little but its class, one of ten: few dimensions of z suffice. The invariance
+    # term stays large, so the covariance's weight is large, too.
     "demo": dict(dataset="demo", image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
     "cifar10-cpu": dict(CIFAR, dataset="cifar10", epochs=44),
@@ -347,16 +347,16 @@ class Encoder(nn.Module):
 #
 # Let p(x1, x2) be the distribution of two patches of one image, and p(x) that of a single patch. The ratio
 # r = p(x1, x2) / (p(x1) p(x2)) says how much more often than by chance two patches occur together. The paper's first
-# loss, L_C, fits it by w > 0 times the inner product of their projections:
+# loss, L_C, fits r by the inner product of their projections, times a w > 0:
 #     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - r)^2 ]
-# Expand the square: E_{p(x1) p(x2)}[r z1.z2] = E_{p(x1, x2)}[z1.z2], E_{p(x1) p(x2)}[(z1.z2)^2] = || E[z z^T] ||_F^2,
-# and E[r^2] does not depend on z. So L_C is, up to a constant, 2 w times the paper's second loss, L_S:
+# Expand it. The mean of r z1.z2 is E_{p(x1, x2)}[z1.z2]; that of (z1.z2)^2 is || E[z z^T] ||_F^2, as x1 and x2 are
+# independent; that of r^2 is constant. So L_C is 2 w L_S + const, where L_S is the paper's second loss:
 #     L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2
-# If each of the D dimensions of z has mean 0 and variance 1, then up to constants and a common factor, inv_weight / D,
-# the terms of 2 L_S are VICReg's:
+# If each of the D dimensions of z has mean 0 and variance 1, VICReg's loss is inv_weight / D times 2 L_S, up to a
+# constant; term by term:
 #     -2 E[z1.z2] = E |z1 - z2|^2 + const                       (invariance)
 #     w || E[z z^T] ||_F^2 = w sum_{d != e} cov_de^2 + const    (covariance; w = 2 cov_weight / inv_weight)
-# VICReg subtracts the mean, and its hinge keeps each variance from falling below 1.
+# VICReg subtracts the mean, and its hinge penalises each variance below 1.
 
 
 def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, rank=0, world_size=1):
@@ -370,8 +370,8 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
     Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. Computed in float32
     (float64 if z is), also under autocast. Raises ValueError if z has another shape.
 
-    rank, world_size: several processes that all hold the same z can share the work. Each computes a part of the
-    covariance term, scaled up by world_size: only the averages of loss, cov and gradient over the processes are exact.
+    rank, world_size: processes that all hold the same z can share the covariance term. Each computes a part of it,
+    times world_size: loss, cov and gradient are exact only as means over the processes.
     """
     if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"vicreg_loss takes z (B, V, D) with B >= 2 and V >= 2, not {tuple(z.shape)}")
@@ -384,10 +384,10 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
         z = (z - z.mean(0)).transpose(0, 1)  # (V, B, D), each dimension centred over the batch
         variance = z.square().sum(1) / (B - 1)  # (V, D)
         var = (1 - (variance + eps).sqrt()).relu().mean()
-        # The sum of all squared covariances is ||Z^T Z||_F^2 = ||Z Z^T||_F^2: take the smaller product.
+        # All squared covariances sum to ||Z^T Z||_F^2 / (B - 1)^2, and ||Z^T Z||_F = ||Z Z^T||_F: take the smaller.
         z = z if B < D else z.mT
-        rows = slice(rank * z.shape[1] // world_size, (rank + 1) * z.shape[1] // world_size)
-        squares = world_size * (z[:, rows] @ z.mT).square().sum() / (B - 1) ** 2
+        part = slice(rank * z.shape[1] // world_size, (rank + 1) * z.shape[1] // world_size)
+        squares = world_size * (z[:, part] @ z.mT).square().sum() / (B - 1) ** 2
         cov = 2 * (squares - variance.square().sum()) / (V * D)  # 2: a pair adds cov(zi) and cov(zj)
         loss = inv_weight * inv + var_weight * var + cov_weight * cov
     return loss, {"inv": inv.detach(), "var": var.detach(), "cov": cov.detach()}
@@ -396,16 +396,16 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
 # ----------------------------------------------------------------------------------------------------------------------
 # Bag of patches
 #
-# The embedding of a patch tells what it occurs with. The paper finds that the mean over an image's patches, which
+# A patch's embedding tells which patches it occurs with. The paper finds that the mean over an image's patches, which
 # ignores where they are, represents the image as well as an embedding of the whole does, or better.
 
 
 class BagOfPatches(nn.Module):
     """Images in, the mean embedding of a grid of their patches out.
 
-    backbone: patches (N, 3, s, s) -> (N, D); must be in eval mode. per_side**2 patches of area fraction `scale`, a
+    backbone, in eval mode: patches (N, 3, s, s) -> (N, width). per_side**2 patches of area fraction `scale`, a
     float, are resized to `size` if given (see `grid_patches`). forward takes (B, 3, H, W), uint8 or float in [0, 1],
-    and returns float32 (B, D). The backbone gets at most `chunk` patches at a time, which bounds the memory under
+    and returns float32 (B, width). The backbone gets at most `chunk` patches at a time, which bounds the memory under
     torch.no_grad.
     """
 
@@ -419,7 +419,7 @@ class BagOfPatches(nn.Module):
         for block in images.split(max(1, self.chunk // self.per_side ** 2)):
             patches = grid_patches(block, self.per_side, self.scale, self.size).flatten(0, 1)  # (b V, 3, s, s)
             x = normalize(patches).contiguous(memory_format=torch.channels_last)
-            h = torch.cat([self.backbone(some).float() for some in x.split(self.chunk)])  # (b V, D)
+            h = torch.cat([self.backbone(some).float() for some in x.split(self.chunk)])  # (b V, width)
             bags.append(h.unflatten(0, (len(block), -1)).mean(1))
         return torch.cat(bags)
 
@@ -468,7 +468,7 @@ def train(config, device):
 
     def draw(step):  # the eleven numbers of each of this process's patches
         u = torch.rand(B, V, 11, generator=generator_for(config.seed, "patches", step))[rows]
-        return u.to(device, non_blocking=device.type == "cuda")  # without waiting for the step before
+        return u.to(device, non_blocking=device.type == "cuda")  # so the CPU need not wait for the GPU
 
     with Run(config, device, encoder, optimizer, steps, checkpoint, labels) as run:  # resumes from the checkpoint
         for step, batch, classes in batches(images, labels, config, rows, device, run.start, steps):
@@ -911,7 +911,7 @@ class OnlineProbe(nn.Module):
     def forward(self, h, labels):
         """Learn from the batch of all processes. Returns the accuracy before learning from it, in per cent.
 
-        h: (b, V, D), this process's embeddings; labels: (b,). An image is represented by the mean of its V.
+        h: (b, V, D), this process's embeddings; labels: (b,). An image is represented by the mean of its V patches.
         """
         h, labels = gather(h.detach().float().mean(1)), gather(labels)
         scores = self.layers(h)
