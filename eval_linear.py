@@ -121,7 +121,8 @@ def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3
     classes = int(train_labels.max()) + 1
     mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
     train, test = (train - mean) / std, (test - mean) / std
-    axes = torch.linalg.eigh((train.T @ train).cpu().double()).eigenvectors.to(train)  # float32 may not converge
+    # On the CPU, as not every device has eigh; in float64, as float32 may not converge.
+    axes = torch.linalg.eigh((train.T @ train).cpu().double()).eigenvectors.to(train)
     train, test = train @ axes, test @ axes  # a rotation: the penalty, and so the optimum, is the same
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(train.device)
     held, kept = order[:len(order) // 10], order[len(order) // 10:]
@@ -141,7 +142,7 @@ def whiten(train, test, epsilon=1e-3):
     limit.
     """
     mean = train.mean(0)
-    variances, axes = torch.linalg.eigh(torch.cov(train.T).cpu().double())  # float32 may not converge
+    variances, axes = torch.linalg.eigh(torch.cov(train.T).cpu().double())  # as in `linear_probe`
     variances = (variances + epsilon * variances[-1]).clamp(min=1e-12)  # in case no feature varies
     axes = (axes / variances.sqrt()).to(train)
     return (train - mean) @ axes, (test - mean) @ axes
