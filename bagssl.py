@@ -265,10 +265,10 @@ def _shift_hue(patches, shift):
 # The backbone f gives the embedding h = f(x) of a patch x, and is kept after training. The projector g gives its
 # projection z = g(h), on which the loss acts (the paper's section 2).
 #
-# `PatchNet` is a network for small patches. Its first layer is fixed and whitens the pixels, as in Keller Jordan's
-# airbench. Smooth colour dominates the pixels' variance, although edges and texture are what tell patches apart;
-# whitening makes the two equally strong, which speeds up learning. `BatchNorm` is torch's, with statistics over the
-# batches of all processes (see *Processes*).
+# `PatchNet` is a network for small patches. From Keller Jordan's airbench it has a fixed first layer, which whitens the
+# pixels, and convolutions that begin by copying their input. Smooth colour dominates the pixels' variance, although
+# edges and texture are what tell patches apart; whitening makes the two equally strong, which speeds up learning.
+# `BatchNorm` is torch's, with statistics over the batches of all processes (see *Processes*).
 
 
 def normalize(images):
@@ -292,24 +292,29 @@ def whitening_filters(images, epsilon=0.01):
 
 
 class PatchNet(nn.Module):
-    """A backbone for small patches: standardised patches (N, 3, s, s) -> h (N, widths[-1]).
+    """A backbone for small patches: standardised patches (N, 3, s, s) -> h (N, 2 * widths[-1]).
 
     A fixed first layer (`train` fills it with `whitening_filters`), then three convolutions of 3 x 3 and one of
-    1 x 1, then global average pooling. Patches of 16 x 16 pixels give feature maps of side 14, 7, 4, 4, 4.
+    1 x 1, then global average pooling, and a fully connected layer whose output is concatenated with its input.
+    Patches of 16 x 16 pixels give feature maps of side 14, 7, 4, 4, 4.
     """
 
     def __init__(self, widths=(64, 128, 256, 1024), stem_stride=1):
         super().__init__()
-        self.width = widths[-1]
+        self.width = 2 * widths[-1]
         self.whiten = nn.Conv2d(3, 54, 3, stem_stride, bias=False).requires_grad_(False)
         layers = []
         for width_in, width, kernel, stride in zip((54, *widths), widths, (3, 3, 3, 1), (2, 2, 1, 1)):
-            layers += [nn.Conv2d(width_in, width, kernel, stride, kernel // 2, bias=False), BatchNorm(width), nn.ReLU()]
+            convolution = nn.Conv2d(width_in, width, kernel, stride, kernel // 2, bias=False)
+            nn.init.dirac_(convolution.weight.data[:width_in])  # these filters copy the input, until trained
+            layers += [convolution, BatchNorm(width), nn.GELU()]
         self.layers = nn.Sequential(*layers)
+        self.last = nn.Sequential(nn.Linear(width, width, bias=False), BatchNorm(width), nn.ReLU())
 
     def forward(self, x):
         maps = self.layers(self.whiten(x).relu())
-        return maps.sum((2, 3)) / maps[0, 0].numel()  # .mean's backward pass would write a whole map
+        h = maps.sum((2, 3)) / maps[0, 0].numel()  # .mean's backward pass would write a whole map
+        return torch.cat([h, self.last(h)], 1)
 
 
 def make_backbone(arch="patchnet", stem_stride=1):

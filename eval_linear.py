@@ -12,15 +12,13 @@
 
 For each n, and for the whole image in one forward pass, it reports the accuracy of a linear probe (softmax regression
 on frozen, standardised features) and of a weighted kNN classifier on plain and on whitened features. Two controls need
-no training: raw pixels and, for the bag nearest to 16 patches, the same network untrained. With --two-layers, it also
-probes that bag's mean embedding concatenated with the mean of the projector's first hidden layer. The results are
-added to eval.jsonl beside the checkpoint. The probe's weight decay is chosen on a held-out tenth of the training
-images; test images serve only for the accuracies reported.
+no training: raw pixels and, for the bag nearest to 16 patches, the same network untrained. The results are added to
+eval.jsonl beside the checkpoint. The probe's weight decay is chosen on a held-out tenth of the training images; test
+images serve only for the accuracies reported.
 """
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 from datetime import timedelta
@@ -226,13 +224,6 @@ def load_model(arguments):
     return trained, untrained.to(memory_format=torch.channels_last), config
 
 
-def two_layers(encoder, patches):
-    """The embeddings h of patches (N, 3, s, s) and the projector's first hidden layer, concatenated: (N, D + width)."""
-    h = encoder.backbone(patches)
-    linear, norm, relu, *_ = encoder.projector
-    return torch.cat([h, relu(norm(linear(h)))], 1)
-
-
 def view_sizes(config, arguments):
     """The scale of patches, their size or None, and the size of the whole image or None.
 
@@ -304,12 +295,8 @@ def save_results(arguments, show, **table):
 def main():
     parser = bagssl.Parser(prog="eval_linear.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     add_arguments(parser)
-    parser.add_argument("--two-layers", action="store_true", help="also probe the embeddings concatenated with the "
-        "projector's first hidden layer, for the bag nearest to 16 patches")
     arguments = parser.parse_args()
     check_arguments(arguments)
-    if arguments.two_layers and arguments.arch:
-        raise UserError("--two-layers needs the projector of a run of bagssl.py; leave it out with --arch")
     trained, untrained, config = load_model(arguments)
     device = bagssl.start_process(arguments.device)
     torch.set_float32_matmul_precision("highest")  # TensorFloat-32 is too coarse for L-BFGS
@@ -323,8 +310,6 @@ def main():
     embedders = {name: BagOfPatches(trained.backbone, side, scale, size) for name, side in zip(names, sides)}
     side = min(sides, key=lambda side: abs(side ** 2 - 16))
     nearest = names[sides.index(side)]  # to 16
-    if arguments.two_layers:
-        embedders[f"two layers, {nearest}"] = BagOfPatches(functools.partial(two_layers, trained), side, scale, size)
     embedders["whole image, one pass"] = BagOfPatches(trained.backbone, 1, 1.0, whole_size, chunk=64)
     embedders[f"untrained, {nearest}"] = BagOfPatches(untrained.backbone.to(device), side, scale, size)
     embedders["raw pixels"] = raw_pixels

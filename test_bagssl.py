@@ -210,7 +210,7 @@ def test_a_resnets_backbone_is_torchvisions(arch, width, stride):
 @pytest.mark.parametrize("side, stride", [(3, 1), (16, 1), (32, 1), (3, 2), (17, 2), (32, 2)])
 def test_patchnet_takes_patches_of_many_sizes(side, stride):
     net = bagssl.PatchNet((8, 12, 16, 20), stride)
-    assert net(torch.rand(4, 3, side, side)).shape == (4, 20) and net.width == 20
+    assert net(torch.rand(4, 3, side, side)).shape == (4, 40) and net.width == 40
     assert not net.whiten.weight.requires_grad
 
 
@@ -831,7 +831,7 @@ def test_collapse_is_warned_of_once(tiny, monkeypatch, run):
     clock = itertools.count(0, 11.0)  # so that every look is shown
     monkeypatch.setattr(bagssl, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
     forward = bagssl.Encoder.forward
-    monkeypatch.setattr(bagssl.Encoder, "forward", lambda self, x: (torch.ones(len(x), 1024), forward(self, x)[1]))
+    monkeypatch.setattr(bagssl.Encoder, "forward", lambda self, x: (torch.ones(len(x), 2048), forward(self, x)[1]))
     told = run(*tiny, "--epochs", 4).stderr
     assert told.count("warning") == 1 and "at step 2" in told and "--lr" in told
 
@@ -1053,20 +1053,6 @@ def test_probe_prints_a_table_and_writes_it(evaluated, processes):
         assert 0 <= row["top1"] <= 100 and f"{name}  top1 {row['top1']:5.2f} %  knn" in printed
 
 
-def test_two_layers_are_the_embedding_and_the_hidden_layer(evaluated, tiny_run, monkeypatch):
-    layers = Mock(wraps=eval_linear.two_layers)
-    monkeypatch.setattr(eval_linear, "two_layers", layers)
-    _, results = evaluated("--patches", 1, *SMALL, "--two-layers", script=eval_linear)
-    patch = "one patch, the centre"
-    assert [row["features"] for row in results] == [patch, f"two layers, {patch}", "whole image, one pass",
-                                                    f"untrained, {patch}", "raw pixels"]
-    probed = layers.call_args.args[0].double()
-    encoder, x = bagssl.load_encoder(tiny_run.checkpoint)[0].double(), torch.rand(20, 3, 10, 10, dtype=torch.double)
-    h, linear, norm = encoder.backbone(x), encoder.projector[0], encoder.projector[1]
-    y = (h @ linear.weight.T - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
-    assert_close(layers(probed, x), torch.cat([h, y.clamp(min=0)], 1))
-
-
 def test_the_untrained_control_has_the_whitening_and_nothing_else(tiny_run):
     arguments = dict.fromkeys(("arch", "data", "cache", "image_size", "patch_size", "patch_scale"))
     arguments = types.SimpleNamespace(checkpoint=tiny_run.checkpoint, **arguments)
@@ -1104,7 +1090,6 @@ def test_a_published_checkpoint_is_probed(tiny_run, run, refused, tmp_path):
     views = "--data", tiny_run.data, "--patch-size", 20, *SMALL
     assert "bag of 4" in run(*resnet18, *views, "--patches", 1, 4, script=eval_linear).stdout
     assert "give --data, --image-size, --patch-scale" in refused(*resnet18, script=eval_linear)
-    assert "leave it out with --arch" in refused(*resnet18, *views, "--two-layers", script=eval_linear)
     assert "projection z, which this checkpoint lacks" in refused("locality", *resnet18, *views, script=claims)
     assert eval_linear.load_published(whole, "resnet18")[1] == 1
     for path, arch in ((whole, "resnet34"), (part, "resnet18")):
