@@ -214,6 +214,19 @@ def test_patchnet_takes_patches_of_many_sizes(side, stride):
     assert not net.whiten.weight.requires_grad
 
 
+def test_patchnets_convolutions_begin_by_copying_their_input():
+    for layer in bagssl.PatchNet().layers[::3]:
+        x = torch.randn(2, layer.in_channels, 9, 9)
+        assert_close(layer(x)[:, :layer.in_channels], x[:, :, ::layer.stride[0], ::layer.stride[0]])
+
+
+def test_patchnet_ends_in_a_mean_and_a_layer_beside_it():
+    net, x = bagssl.PatchNet((8, 12, 16, 20)).double().eval(), torch.rand(4, 3, 16, 16).double()
+    mean = net.layers(F.conv2d(x, net.whiten.weight).clamp(min=0)).mean((2, 3))
+    layer = (mean @ net.last[0].weight.T / math.sqrt(1 + net.last[1].eps)).clamp(min=0)
+    assert_close(net(x), torch.cat([mean, layer], 1))
+
+
 def test_whitening_makes_blocks_of_pixels_white():
     images = (4 * coordinates(30, 30).sum(1) * torch.rand(64, 3, 1, 1) + 20 * torch.rand(64, 3, 30, 30)).to(torch.uint8)
     filters = bagssl.whitening_filters(images, epsilon=1e-6)

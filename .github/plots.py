@@ -72,21 +72,22 @@ def draw(name, show, plot, label, runs):
 
 
 def draw_curve():
-    """curve.png, from the first table of RESULTS.md's section on the number of patches."""
+    """curve.png, from the first two tables of RESULTS.md's section on the number of patches."""
     section = (HERE / "RESULTS.md").read_text().partition("### The number of patches")[2].partition("![")[0]
-    header, _, *rows = [[cell.strip() for cell in line.split("|")] for line in section.splitlines() if "|" in line]
     columns = {"linear probe": "bag of 16", "kNN, whitened": "on whitened h", "kNN": "kNN, bag of 16"}
-    curves = {name: {int(row[header.index("patches")].replace(",", "")): float(row[header.index(column)])
-                     for row in rows if row[header.index(column)]} for name, column in columns.items()}
-    figure, axis = plt.subplots(figsize=(7, 4))
-    for (name, curve), colour in zip(curves.items(), ("tab:blue", "tab:cyan", "tab:grey")):
-        axis.plot(*zip(*sorted(curve.items())), "o-", color=colour, label=f"bag of 16 patches, {name}")
+    figure, axis = plt.subplots(figsize=(7, 5))
+    for table, network, style in zip(section.split("| epochs |")[1:], ("bag of 16", "PatchNet as it was"), ("o-", ".:")):
+        header, _, *rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if "|" in line]
+        for (name, column), colour in zip(columns.items(), ("tab:blue", "tab:cyan", "tab:grey")):
+            curve = {int(row[2].replace(",", "")): float(row[header.index(column) + 2])
+                     for row in rows if row[header.index(column) + 2]}
+            axis.plot(*zip(*sorted(curve.items())), style, color=colour, label=f"{network}, {name}")
     axis.plot([1e6, 1e7, 3e7], [80.6, 90.7, 93.1], "s:", color="tab:red",
               label="EMP-SSL (ResNet-18, patches enlarged to 32 x 32; best test epoch), linear probe")
     for top1, style, label in ((79.6, "--", "k-means on patches, 2011, linear classifier"),
                                (81.1, "-.", "sparse manifold transform, 2022, kNN")):
         axis.axhline(top1, color="tab:green", ls=style, lw=1, label=label)
-    axis.set(xscale="log", ylim=(48, 95), xlabel="patches seen in training", ylabel="CIFAR-10, % of test images right")
+    axis.set(xscale="log", ylim=(36, 95), xlabel="patches seen in training", ylabel="CIFAR-10, % of test images right")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7, loc="lower right")
     figure.tight_layout()
