@@ -76,7 +76,7 @@ def draw_curve():
     section = (HERE / "RESULTS.md").read_text().partition("### The number of patches")[2].partition("![")[0]
     columns = {"linear probe": "bag of 16", "kNN, whitened": "on whitened h", "kNN": "kNN, bag of 16"}
     figure, axis = plt.subplots(figsize=(7, 5))
-    for table, network, style in zip(section.split("| epochs |")[1:], ("bag of 16", "PatchNet as it was"), ("o-", ".:")):
+    for table, network, style in zip(section.split("| epochs |")[1:], ("bag of 16", "the earlier PatchNet"), ("o-", ".:")):
         header, _, *rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if "|" in line]
         for (name, column), colour in zip(columns.items(), ("tab:blue", "tab:cyan", "tab:grey")):
             curve = {int(row[2].replace(",", "")): float(row[header.index(column) + 2])
