@@ -313,8 +313,8 @@ class PatchNet(nn.Module):
 
     def forward(self, x):
         maps = self.layers(self.whiten(x).relu())
-        h = maps.sum((2, 3)) / maps[0, 0].numel()  # .mean's backward pass would write a whole map
-        return torch.cat([h, self.last(h)], 1)
+        mean = maps.sum((2, 3)) / maps[0, 0].numel()  # .mean's backward pass would write a whole map
+        return torch.cat([mean, self.last(mean)], 1)
 
 
 def make_backbone(arch="patchnet", stem_stride=1):
