@@ -265,10 +265,10 @@ def _shift_hue(patches, shift):
 # The backbone f gives the embedding h = f(x) of a patch x, and is kept after training. The projector g gives its
 # projection z = g(h), on which the loss acts (the paper's section 2).
 #
-# `PatchNet` is a network for small patches. From Keller Jordan's airbench it has a fixed first layer, which whitens the
-# pixels, and convolutions that begin by copying their input. Smooth colour dominates the pixels' variance, although
-# edges and texture are what tell patches apart; whitening makes the two equally strong, which speeds up learning.
-# `BatchNorm` is torch's, with statistics over the batches of all processes (see *Processes*).
+# `PatchNet` is a network for small patches. Two of its ideas are from Keller Jordan's airbench: a fixed first layer that
+# whitens the pixels, and convolutions that begin by copying their input. Smooth colour dominates the pixels' variance,
+# although edges and texture are what tell patches apart; whitening makes the two equally strong, which speeds up
+# learning. `BatchNorm` is torch's, with statistics over the batches of all processes (see *Processes*).
 
 
 def normalize(images):
