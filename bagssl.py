@@ -265,7 +265,7 @@ def _shift_hue(patches, shift):
 # The backbone f gives the embedding h = f(x) of a patch x, and is kept after training. The projector g gives its
 # projection z = g(h), on which the loss acts (the paper's section 2).
 #
-# `PatchNet` is a network for small patches. Two of its ideas are from Keller Jordan's airbench: a fixed first layer that
+# `PatchNet` is a network for small patches. Two ideas are from Keller Jordan's airbench: a fixed first layer that
 # whitens the pixels, and convolutions that begin by copying their input. Smooth colour dominates the pixels' variance,
 # although edges and texture are what tell patches apart; whitening makes the two equally strong, which speeds up
 # learning. `BatchNorm` is torch's, with statistics over the batches of all processes (see *Processes*).
