@@ -91,8 +91,8 @@ class Config:
 CIFAR = dict(batch_size=64, projector=(1024, 1024, 1024), inv_weight=10.0)
 
 PRESETS = {
-    # Two patches of an image share little but its class, one of ten: few dimensions of z suffice. The invariance
-    # term stays large, so the covariance's weight is large, too.
+    # Two patches of an image share little but its class, one of ten: few dimensions of z suffice. Their projections
+    # cannot agree closely, so the invariance term stays large, and the covariance's weight is large, too.
     "demo": dict(dataset="demo", image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
     "cifar10-cpu": dict(CIFAR, dataset="cifar10", epochs=40),
@@ -309,7 +309,7 @@ class PatchNet(nn.Module):
             nn.init.dirac_(convolution.weight.data[:width_in])  # these filters copy the input, until trained
             layers += [convolution, BatchNorm(width), nn.GELU()]
         self.layers = nn.Sequential(*layers)
-        self.last = nn.Sequential(nn.Linear(width, width, bias=False), BatchNorm(width), nn.ReLU())
+        self.last = nn.Sequential(nn.Linear(widths[-1], widths[-1], bias=False), BatchNorm(widths[-1]), nn.ReLU())
 
     def forward(self, x):
         maps = self.layers(self.whiten(x).relu())
@@ -375,8 +375,8 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
     Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. Computed in float32
     (float64 if z is), also under autocast. Raises ValueError if z has another shape.
 
-    rank, world_size: processes that all hold the same z can share the covariance term. Each computes a part of it,
-    times world_size: loss, cov and gradient are exact only as means over the processes.
+    rank, world_size: processes that all hold the same z can share the covariance term. Each computes a part of it and
+    multiplies that by world_size, so that the means of loss, cov and gradient over the processes are exact.
     """
     if z.ndim != 3 or z.shape[0] < 2 or z.shape[1] < 2:
         raise ValueError(f"vicreg_loss takes z (B, V, D) with B >= 2 and V >= 2, not {tuple(z.shape)}")
@@ -401,8 +401,8 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
 # ----------------------------------------------------------------------------------------------------------------------
 # Bag of patches
 #
-# A patch's embedding tells which patches it occurs with. The paper finds that the mean over an image's patches, which
-# ignores where they are, represents the image as well as an embedding of the whole does, or better.
+# A patch's embedding tells which patches that patch occurs with. The paper finds that the mean over an image's
+# patches, which ignores where they are, represents the image as well as an embedding of the whole does, or better.
 
 
 class BagOfPatches(nn.Module):
