@@ -59,7 +59,7 @@ from torch import nn
 
 @dataclass
 class Config:
-    preset: str = ""  # demo, cifar10, cifar10-cpu, cifar100, imagenet; default: cifar10 (CUDA), demo or cifar10-cpu
+    preset: str = ""  # see PRESETS; default: cifar10 with CUDA, else cifar10-cpu with --data or --dataset, else demo
     dataset: str = "cifar10"  # demo, cifar10, cifar100, stl10, fashionmnist; else any images, in DATA/DATASET or DATA
     data: str = ""  # folder of images, or of torchvision's files; default: data/DATASET, downloaded if missing
     cache: str = ""  # folder for decoded images; default: .bagssl in the folder of images, shared by all runs
@@ -454,7 +454,7 @@ def training_views(images, u, config, augmented=True):
 def train(config, device):
     """Pretrain as `config` says; `config.out` gets log.jsonl, checkpoint.pt and backbone.pt."""
     checkpoint = find_checkpoint(config)  # in config.out, or None
-    images, labels = training_images(config, device)  # uint8 (N, 3, S, S); int64 (N,) or None, for the online probe
+    images, labels = training_images(config, device)  # uint8 (N, 3, S, S); int64 (N,), only for OnlineProbe, or None
     torch.manual_seed(config.seed)
     encoder = Encoder(config.arch, config.stem_stride, config.projector)
     if config.arch == "patchnet":
@@ -484,7 +484,7 @@ def train(config, device):
             loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
                                       rank=RANK, world_size=WORLD_SIZE)
             optimizer.zero_grad()
-            loss.backward()  # `gather` makes z's gradient WORLD_SIZE times too large, and DDP's average undoes that
+            loss.backward()  # `gather` sums the gradients of WORLD_SIZE equal losses, and DDP's average undoes that
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)  # the norm before clipping
             warmup = min(1, (step + 1) / (config.warmup * steps + 1))
             for group in optimizer.param_groups:
@@ -519,12 +519,12 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
     test/, each with a subfolder per class; or, if only for pretraining, images at any depth. cache: as in Config. seed:
     of the demo's images. Raises UserError if there are no images, or if some are broken.
     """
-    found = [find_images(dataset, data, split, image_size, cache, seed) if LOCAL_RANK == 0 else None]
-    if dist.is_initialized():  # a million files are listed once per node, not by every process
+    found = [find_images(dataset, data, split, image_size, cache, seed) if LOCAL_RANK == 0 else None]  # once per node
+    if dist.is_initialized():
         node, _ = dist.new_subgroups(LOCAL_WORLD_SIZE, backend="gloo", timeout=timedelta(days=1))  # decoding takes time
         dist.broadcast_object_list(found, RANK - LOCAL_RANK, node)
     (pixels, labels), source = found[0]
-    images = torch.from_numpy(np.load(pixels, mmap_mode="c") if isinstance(pixels, Path) else pixels)  # copy on write
+    images = torch.from_numpy(np.load(pixels, mmap_mode="c") if isinstance(pixels, Path) else pixels)  # "c": writable
     if RANK == 0:
         print(f"images:  {len(images):,} ({split}) from {source}", flush=True)
     return images, None if labels is None else torch.from_numpy(labels).long()
@@ -570,12 +570,9 @@ def load_folder(folder, split, size, cache=""):
     if not folder.is_dir():
         return None
     train, test = folder / "train", folder / ("val" if (folder / "val").is_dir() else "test")
-    chosen = folder
-    if train.is_dir():
-        chosen = test if split == "test" else train
-    found = torchvision.datasets.folder.make_dataset(
-        str(chosen), {".": 0},  # all of it, at any depth
-        torchvision.datasets.folder.IMG_EXTENSIONS, allow_empty=True)
+    chosen = folder if not train.is_dir() else test if split == "test" else train
+    found = torchvision.datasets.folder.make_dataset(  # {".": 0}: all of it, at any depth
+        str(chosen), {".": 0}, torchvision.datasets.folder.IMG_EXTENSIONS, allow_empty=True)
     names = sorted(os.path.relpath(path, chosen) for path, _ in found)
     names = [name for name in names if f"{os.sep}." not in os.sep + name]  # skip hidden files and folders
     classes = sorted(path.name for path in train.glob("[!.]*") if path.is_dir())
@@ -609,7 +606,7 @@ def decode_folder(folder, names, size, cache):
     sizes and times: a changed folder is decoded anew. Raises UserError naming every file that cannot be used.
     """
     paths = [folder / name for name in names]
-    stats = [path.stat() if path.exists() else path.lstat() for path in paths]  # lstat for broken links
+    stats = [p.stat() if p.exists() else p.lstat() for p in paths]  # lstat for broken links
     listing = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)])
     path = cache / f"{folder.name}-{size}px-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
     unfinished = cache / f".{uuid.uuid4().hex}.npy"  # a name of its own, as another node may be decoding too
@@ -642,7 +639,7 @@ def decode_folder(folder, names, size, cache):
     except OSError as error:
         raise UserError(f"cannot write decoded images to {cache} ({error}); give another --cache") from error
     finally:
-        if unfinished.is_file():
+        if os.path.isfile(unfinished):
             unfinished.unlink()
     return path
 
@@ -677,8 +674,8 @@ def batches(images, labels, config, rows, device, start, steps):
         return chosen.to(device, non_blocking=to_gpu), None if labels is None else labels[indices].to(device)
 
     def prepare():  # each thread
-        # Else each would start OpenMP threads of its own. With more of those than cores, training's threads sleep
-        # while they wait for each other, instead of spinning: a step on two cores takes a tenth longer.
+        # Else each would start OpenMP threads. With more threads than cores, training's threads sleep while they wait
+        # for each other instead of spinning, and a step on two cores takes a tenth longer.
         torch.set_num_threads(1)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # else a thread would pin memory through GPU 0
@@ -694,9 +691,9 @@ def batches(images, labels, config, rows, device, start, steps):
 # The demo's images
 #
 # Generated, so that the ground truth is known. An image is a grid of 5 x 5 cells, each holding one of 24 types of part:
-# 6 families (gratings, checks, rings, spokes, polygons, meshes) in 4 levels of detail. A class is one family in all
-# levels, or one level in all families: 6 + 4 classes. So a single part is ambiguous between two classes, and only the
-# mix of parts tells the class. Colour, contrast, angle, phase and noise are independent of the class.
+# 6 families (gratings, checks, rings, spokes, polygons, meshes) in 4 levels of detail. A class is a family's 4
+# parts or a level's 6: 6 + 4 classes. So each part is in two classes, and only the mix of parts tells the class.
+# Colour, contrast, angle, phase and noise are independent of the class.
 
 DEMO_CELLS = 5
 DEMO_COUNTS = {"pretrain": 16_000, "train": 1_000, "test": 2_000}
@@ -761,7 +758,7 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))  # among the LOCAL_WORLD_SIZE 
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
-# Older versions of torch have only the second names, which are deprecated.
+# Torch has renamed these; older versions have only the second names.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -790,8 +787,7 @@ def gather(x):
 class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm1d or 2d with statistics over the batches of all processes, which must be equally large.
 
-    Used instead of torch's SyncBatchNorm, which has no CPU version, and in every layer waits for the GPU and breaks a
-    compiled graph.
+    Torch's SyncBatchNorm has no CPU version, waits for the GPU in every layer, and there breaks a compiled graph.
     """
 
     def _check_input_dim(self, x):
@@ -826,7 +822,7 @@ class NormalizeBatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, mean, var, weight = ctx.saved_tensors
-        x_gradient, *totals = torch.ops.aten.native_batch_norm_backward(  # with mean and var as constants
+        x_gradient, *totals = torch.ops.aten.native_batch_norm_backward(  # False: mean and var are constants
             gradient, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True])
         sums = torch.stack(totals)  # of gradient * (x - mean) / sqrt(var + eps), and of gradient
         dist.all_reduce(sums)
@@ -854,7 +850,7 @@ def start_process(name):
 
     name: cuda, mps, cpu, or "" for the best there is. Raises UserError if the device cannot be used.
     """
-    name = name or (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")).type
+    name = name or getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
     try:
         device = torch.device("cuda", LOCAL_RANK) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
@@ -882,7 +878,7 @@ def has_bf16(device):
     """Whether the device multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Intel's CPUs need AMX for that, which virtual machines may hide: by AVX-512 they are half as fast as in float32.
+    # Intel's CPUs need AMX for that, which virtual machines may hide: bfloat16 by AVX-512 is half as fast as float32.
     cpu = torch.cpu.get_capabilities()
     feature = "amx_bf16" if "Intel" in cpu.get("cpu_name", "") else "avx512_bf16"
     return device.type == "cpu" and cpu.get(feature, False)
@@ -932,27 +928,27 @@ class Run:
     def __init__(self, config, device, encoder, optimizer, steps, checkpoint, labels=None):
         self.config, self.encoder, self.optimizer, self.steps = config, encoder, optimizer, steps
         self.out, self.start, self.probe = Path(config.out), 0, None
-        self.state = {"encoder": encoder, "optimizer": optimizer}  # what a checkpoint holds
+        self.state = {"encoder": encoder, "optimizer": optimizer}  # saved by their state_dict
         if labels is not None and labels.max() > 0:  # more than one class
             self.probe = OnlineProbe(encoder.backbone.width, int(labels.max()) + 1).to(device)
             self.state |= {"probe": self.probe, "probe_optimizer": self.probe.optimizer}
         log, lines = self.out / "log.jsonl", [json.dumps({"step": 0, "config": vars(config)}) + "\n"]
         if checkpoint:
-            self.start, before = checkpoint["step"], checkpoint["steps"] // checkpoint["config"]["epochs"]
+            self.start = checkpoint["step"]
+            before = checkpoint["steps"] // checkpoint["config"]["epochs"]  # steps per epoch
             if before != steps // config.epochs:
                 raise UserError(f"{self.out} holds a run of {before:,} steps per epoch, not "
                                 f"{steps // config.epochs:,}: the number of images has changed; give another --out")
             for name in self.state.keys() & checkpoint.keys():
-                self.state[name].load_state_dict(checkpoint[name])
-            if RANK == 0 and log.exists():  # drop steps that run again, half a line, the old config
+                self.state[name].load_state_dict(checkpoint.pop(name))  # freed by and by
+            if RANK == 0 and log.exists():  # drop steps that run again, a torn line, the old config
                 lines += [line for line in log.read_text().splitlines(keepends=True)
                           if line.endswith("}\n") and 0 < json.loads(line)["step"] <= self.start]
         if RANK == 0:
             side = config.patch_size or patch_side(config.image_size, config.image_size, config.patch_scale[0])
             parameters = sum(p.numel() for p in encoder.parameters()) / 1e6
-            where = f"at step {self.start} of"
-            if self.start >= steps:
-                where = "complete (give more --epochs, or another --out for a new run):"
+            where = (f"at step {self.start} of" if self.start < steps else
+                     "complete (give more --epochs, or another --out for a new run):")
             print(f"model:   {config.arch} with projector, {parameters:.1f} M parameters, on {device.type} in "
                   f"{'bfloat16' if has_bf16(device) else 'float32'}, processes: {WORLD_SIZE}\n"
                   f"run:     {config.out} (preset {config.preset}), {where} {steps:,} steps of {config.batch_size} "
@@ -962,7 +958,7 @@ class Run:
         self.sums, self.logged, self.signals = 0, self.start, []
         self.begun = self.saved = time.monotonic()
 
-    def __enter__(self):  # signals are only recorded, however often they come: torchrun repeats Ctrl-C
+    def __enter__(self):  # only record signals: under torchrun, one Ctrl-C comes several times
         self.handlers = {number: signal.signal(number, lambda received, _: self.signals.append(received))
                          for number in (signal.SIGINT, signal.SIGTERM)}
         return self
@@ -972,7 +968,7 @@ class Run:
             signal.signal(number, handler)
 
     def after_step(self, step, loss, terms, norm, h, labels):
-        """Add up a step's metrics. Every LOG_EVERY steps, log means, raise unless finite, save if due, obey signals."""
+        """Add up a step's metrics. Every LOG_EVERY steps, raise unless finite, log means, save if due, obey signals."""
         metrics = {"loss": loss.detach(), **terms, "gradient_norm": norm, "clipped": (norm > self.config.clip).float()}
         if self.probe:
             metrics["probe_top1"] = self.probe(h.unflatten(0, (-1, self.config.num_patches)), labels)
@@ -995,7 +991,7 @@ class Run:
         self.sums, self.logged = 0, done
         if RANK == 0:
             self.report(done, means, h)
-        if last or not (stop or due):
+        if last or not (stop or due):  # `finish` saves after the last
             return
         self.save_checkpoint(done)
         if stop:
@@ -1061,11 +1057,11 @@ class Progress:
 
 
 def effective_rank(h):
-    """exp of the entropy of the normalised singular values of h (N, D), centred, 1,024 rows at most; 1: collapsed."""
+    """exp(entropy) of the normalised singular values of h (N, D), first 1,024 rows, centred; 1 means collapsed."""
     h = h.detach()[:1024].cpu().double()  # not every device has eigvalsh, or float64
     h = h - h.mean(0)
-    squares = torch.linalg.eigvalsh(h.T @ h if len(h) > h.shape[1] else h @ h.T)  # far cheaper than an SVD
-    spectrum = squares.clamp(min=0).sqrt()
+    gram = h.T @ h if len(h) > h.shape[1] else h @ h.T
+    spectrum = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()  # far cheaper than an SVD
     return torch.special.entr(spectrum / spectrum.sum().clamp(min=1e-12)).sum().exp().item()
 
 
@@ -1099,7 +1095,7 @@ def save_atomically(path, content):
             os.fsync(file.fileno())
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        if unfinished.is_file():
+        if os.path.isfile(unfinished):
             unfinished.unlink()
         raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); make room there, or use another folder. "
                         f"What was saved before is intact") from error
@@ -1153,11 +1149,11 @@ def parse_config(argv=None):
         several, default = isinstance(field.default, tuple), " ".join(map(str, np.atleast_1d(field.default)))
         parser.add_argument("--" + name.replace("_", "-"), type=type(field.default[0] if several else field.default),
                             nargs={"patch_scale": "+", "projector": 3}.get(name), choices=choices.get(name),
-                            metavar="X" if several else name.upper(),
+                            metavar="X" if several else None if name in choices else name.upper(),
                             help=comments[name].replace("%", "%%") + (f" [{default}]" if default else ""))
     given = vars(parser.parse_args(argv))
     cuda = torch.cuda.is_available() and given.get("device", "cuda").startswith("cuda")
-    # Without CUDA, the demo is the default, unless --data or --dataset asks for other images.
+    # The demo is the default if --dataset names it, or without CUDA, --data and --dataset.
     demo = given.get("dataset") == "demo" or not (cuda or given.keys() & {"data", "dataset"})
     preset = given.get("preset", "demo" if demo else "cifar10" if cuda else "cifar10-cpu")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -1190,7 +1186,7 @@ def check_config(c, processes):
 
 def run_cli(main):
     """Call main(). Errors that a person can fix become one line on stderr and exit code 2; divergence, exit code 1."""
-    default = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that `finally` clauses run
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that `finally` clauses run
     try:
         main()
     except (UserError, FloatingPointError, RuntimeError, MemoryError) as error:
@@ -1210,7 +1206,7 @@ def run_cli(main):
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        signal.signal(signal.SIGTERM, default)
+        signal.signal(signal.SIGTERM, before)
         if dist.is_initialized():
             dist.destroy_process_group()
 

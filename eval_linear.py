@@ -12,7 +12,7 @@
 
 For each n, and for the whole image in one forward pass, it reports the accuracy of a linear probe (softmax regression
 on frozen, standardised features) and of a weighted kNN classifier on plain and on whitened features. Two controls need
-no training: raw pixels and, for the bag nearest to 16 patches, the same network untrained. The results are added to
+no training: raw pixels, and the same network untrained, with the bag nearest to 16 patches. The results are added to
 eval.jsonl beside the checkpoint. The probe's weight decay is chosen on a held-out tenth of the training images; test
 images serve only for the accuracies reported.
 """
@@ -50,8 +50,8 @@ def embed(embedder, images, device, name="", block=256):
     embedder: (B, 3, H, W) -> (B, D), on `device`. name: for lines of progress; without it there are none. Under
     torchrun each process embeds a part; rank 0 returns all features, the others None.
     """
-    part = math.ceil(len(images) / WORLD_SIZE)
-    mine = torch.arange(RANK * part, (RANK + 1) * part).clamp(max=len(images) - 1)  # gather takes equal parts
+    count = math.ceil(len(images) / WORLD_SIZE)  # equal parts, as gather needs: the last image fills them up
+    mine = torch.arange(RANK * count, (RANK + 1) * count).clamp(max=len(images) - 1)
     features, progress = [], bagssl.Progress()
     for rows in mine.split(block):
         with bagssl.autocast(device):
@@ -59,12 +59,11 @@ def embed(embedder, images, device, name="", block=256):
         if name and progress.due():
             done = min(len(images), len(features) * block * WORLD_SIZE)
             print(f"{name}: {done:,} of {len(images):,} images", flush=True)
-    features = torch.cat(features)
     if WORLD_SIZE > 1:
-        parts = [torch.empty_like(features) for _ in range(WORLD_SIZE)] if RANK == 0 else None
-        dist.gather(features, parts)
-        features = torch.cat(parts) if parts else None
-    return features[:len(images)] if RANK == 0 else None
+        own = torch.cat(features)
+        features = [torch.empty_like(own) for _ in range(WORLD_SIZE)] if RANK == 0 else None
+        dist.gather(own, features)
+    return torch.cat(features)[:len(images)] if RANK == 0 else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -78,8 +77,8 @@ def fit_linear(features, labels, classes, decays, iterations=100, block=8192):
     labels: int64 (N,). Returns (R, D + 1, classes) for R decays; the last row is the bias, not decayed.
     """
     decays = torch.tensor(decays, device=features.device)[:, None, None]
-    # L-BFGS works on `free`; the weights are free * scale, which is diagonal preconditioning: at W = 0 the Hessian's
-    # diagonal is about mean(x^2) / classes + decay.
+    # Diagonal preconditioning: W = free * scale, and L-BFGS works on `free`. At W = 0 the Hessian's diagonal is about
+    # mean(x^2) / classes + decay for W, so about 1 for `free`.
     scale = (features.square().mean(0)[:, None] / classes + decays).rsqrt()  # (R, D, 1)
     scale = F.pad(scale, (0, 0, 0, 1), value=classes ** 0.5)  # the bias: mean(x^2) = 1, no decay
     free = torch.zeros(*scale.shape[:2], classes, device=features.device, requires_grad=True)
@@ -90,7 +89,7 @@ def fit_linear(features, labels, classes, decays, iterations=100, block=8192):
         loss = (decays / 2 * (free * scale)[:, :-1].square()).sum()
         loss.backward()
         for x, y in zip(features.split(block), labels.split(block)):  # a backward pass per block bounds the memory
-            weight = (free * scale).transpose(0, 1)  # (D + 1, R, classes)
+            weight = (free * scale).transpose(0, 1)  # (D + 1, R, classes): one product serves all decays
             scores = torch.addmm(weight[-1].flatten(), x, weight[:-1].flatten(1)).view(-1, classes)  # (n R, classes)
             part = F.cross_entropy(scores, y.repeat_interleave(len(decays)), reduction="sum") / len(features)
             part.backward()
@@ -150,7 +149,7 @@ def knn_probe(train, train_labels, test, test_labels, k=20, temperature=0.07, bl
     """Accuracy, in per cent, of a weighted kNN classifier (Wu et al., 2018, section 3.4).
 
     Each of the k nearest neighbours by cosine has a vote of weight exp(cosine / temperature). Features and
-    labels as for `linear_probe`, but used as they are.
+    labels as for `linear_probe`, but not standardised.
     """
     classes, correct = int(train_labels.max()) + 1, 0
     train = F.normalize(train)
@@ -206,9 +205,9 @@ def load_published(path, arch):
 def load_model(arguments):
     """The trained and an untrained network, on the CPU, and the Config, updated by the arguments except the scale."""
     if arguments.arch:
-        trained = nn.Module()  # stands in for an Encoder; there is no projector
+        trained = nn.Module()  # stands in for an Encoder
         trained.backbone, stride = load_published(arguments.checkpoint, arguments.arch)
-        config = bagssl.Config(dataset="", arch=arguments.arch, stem_stride=stride, projector=(1, 1, 1))
+        config = bagssl.Config(dataset="", arch=arguments.arch, stem_stride=stride, projector=(1, 1, 1))  # unused
     else:
         trained, config = bagssl.load_encoder(arguments.checkpoint)
     for name in ("data", "cache", "image_size", "patch_size"):
@@ -218,14 +217,14 @@ def load_model(arguments):
     # On a copy: view_sizes needs the trained scale.
     bagssl.check_config(dataclasses.replace(config, patch_scale=scale), processes=1)
     torch.manual_seed(config.seed)
-    untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()  # BatchNorm is the identity
+    untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()  # a new BatchNorm: identity
     if config.arch == "patchnet":  # its whitening layer is computed, not learned: both have it
         untrained.backbone.whiten.load_state_dict(trained.backbone.whiten.state_dict())
     return trained, untrained.to(memory_format=torch.channels_last), config
 
 
 def view_sizes(config, arguments):
-    """The scale of patches, their size or None, and the size of the whole image or None.
+    """The scale of patches, their size, and the size of the whole image; None: not resized.
 
     If patches are resized, a network trained at one scale gets the whole image resized by the same factor;
     multi-scale and published networks get it at the size of a patch.
@@ -284,12 +283,17 @@ def load_split(config, arguments, split):
 
 
 def save_results(arguments, show, **table):
-    """Append a line to eval.jsonl beside the checkpoint. show: "probe", or a claim of claims.py."""
+    """Add a line to eval.jsonl beside the checkpoint, in place of the same table with fewer rows, if that is there.
+
+    show: "probe", or a claim of claims.py. The last item of `table` must hold the rows.
+    """
     path = Path(arguments.checkpoint).parent / "eval.jsonl"
-    earlier = path.read_bytes() if path.exists() else b""
-    table = {"show": show, "checkpoint": str(arguments.checkpoint), "torch": torch.__version__, **table}
-    bagssl.save_atomically(path, earlier + json.dumps(table).encode() + b"\n")
-    print(f"added to {path}")
+    line = json.dumps({"show": show, "checkpoint": str(arguments.checkpoint), "torch": torch.__version__, **table})
+    earlier = path.read_text().splitlines() if path.exists() else []
+    kept = [other for other in earlier if not line.startswith(other.removesuffix("]}"))]
+    bagssl.save_atomically(path, "\n".join([*kept, line, ""]).encode())
+    if len(kept) == len(earlier):  # only once per table
+        print(f"added to {path}", flush=True)
 
 
 def main():
@@ -306,17 +310,16 @@ def main():
 
     trained.to(device)
     sides = sorted({math.isqrt(n) for n in arguments.patches})
-    names = [f"bag of {side ** 2}" if side > 1 else "one patch, the centre" for side in sides]
-    embedders = {name: BagOfPatches(trained.backbone, side, scale, size) for name, side in zip(names, sides)}
-    side = min(sides, key=lambda side: abs(side ** 2 - 16))
-    nearest = names[sides.index(side)]  # to 16
+    names = {side: f"bag of {side ** 2}" if side > 1 else "one patch, the centre" for side in sides}
+    embedders = {name: BagOfPatches(trained.backbone, side, scale, size) for side, name in names.items()}
     embedders["whole image, one pass"] = BagOfPatches(trained.backbone, 1, 1.0, whole_size, chunk=64)
-    embedders[f"untrained, {nearest}"] = BagOfPatches(untrained.backbone.to(device), side, scale, size)
+    side = min(sides, key=lambda side: abs(side ** 2 - 16))
+    embedders[f"untrained, {names[side]}"] = BagOfPatches(untrained.backbone.to(device), side, scale, size)
     embedders["raw pixels"] = raw_pixels
 
-    results = []
     # Rank 0 fits the probes while the others wait, longer than the default group's time-out allows.
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if WORLD_SIZE > 1 else None
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if WORLD_SIZE > 1 else None
+    results = []
     for name, embedder in embedders.items():
         train = embed(embedder, train_images, device, f"{name}, train")
         test = embed(embedder, test_images, device, f"{name}, test")
@@ -328,12 +331,11 @@ def main():
             columns = [f"{key} {row[key]:5.2f} %" for key in ("top1", "top5", "knn", "knn_whitened") if key in row]
             print(f"{name:{max(map(len, embedders))}}", *columns, sep="  ", flush=True)
             results.append(row)
-        if patient:
-            dist.barrier(patient)
-    if RANK == 0:
-        save_results(arguments, "probe", dataset=config.dataset, data=config.data, image_size=config.image_size,
-                     patch_scale=scale, patch_size=size, train_images=len(train_images),
-                     test_images=len(test_images), results=results)
+            save_results(arguments, "probe", dataset=config.dataset, data=config.data, image_size=config.image_size,
+                         patch_scale=scale, patch_size=size, train_images=len(train_images),
+                         test_images=len(test_images), results=results)
+        if group:
+            dist.barrier(group)
 
 
 if __name__ == "__main__":
