@@ -940,7 +940,7 @@ class Run:
                 raise UserError(f"{self.out} holds a run of {before:,} steps per epoch, not "
                                 f"{steps // config.epochs:,}: the number of images has changed; give another --out")
             for name in self.state.keys() & checkpoint.keys():
-                self.state[name].load_state_dict(checkpoint.pop(name))  # freed by and by
+                self.state[name].load_state_dict(checkpoint.pop(name))  # and free its memory
             if RANK == 0 and log.exists():  # drop steps that run again, a torn line, the old config
                 lines += [line for line in log.read_text().splitlines(keepends=True)
                           if line.endswith("}\n") and 0 < json.loads(line)["step"] <= self.start]
