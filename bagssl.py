@@ -523,6 +523,7 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
     if dist.is_initialized():
         node, _ = dist.new_subgroups(LOCAL_WORLD_SIZE, backend="gloo", timeout=timedelta(days=1))  # decoding takes time
         dist.broadcast_object_list(found, RANK - LOCAL_RANK, node)
+        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=1)))  # other nodes may take longer
     (pixels, labels), source = found[0]
     images = torch.from_numpy(np.load(pixels, mmap_mode="c") if isinstance(pixels, Path) else pixels)  # "c": writable
     if RANK == 0:
@@ -836,8 +837,7 @@ def parallelize_and_compile(encoder, views, config, device):
     """The encoder and `views` as training calls them: the encoder under DDP, both compiled as config.compile says."""
     if WORLD_SIZE > 1:
         encoder = nn.parallel.DistributedDataParallel(  # starts all processes with the first one's weights
-            encoder, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True,
-            broadcast_buffers=False)  # BatchNorm's statistics are equal already
+            encoder, gradient_as_bucket_view=True, broadcast_buffers=False)  # BatchNorm's statistics are equal already
     if config.compile == "yes" or (config.compile == "auto" and device.type == "cuda"):
         if RANK == 0:
             print("compile: yes; the first steps take half a minute or more", flush=True)
@@ -939,8 +939,11 @@ class Run:
             if before != steps // config.epochs:
                 raise UserError(f"{self.out} holds a run of {before:,} steps per epoch, not "
                                 f"{steps // config.epochs:,}: the number of images has changed; give another --out")
-            for name in self.state.keys() & checkpoint.keys():
-                self.state[name].load_state_dict(checkpoint.pop(name))  # and free its memory
+            try:
+                for name in self.state.keys() & checkpoint.keys():
+                    self.state[name].load_state_dict(checkpoint.pop(name))  # and free its memory
+            except RuntimeError as error:  # from the probe, as `load_checkpoint` has loaded the rest
+                raise UserError(f"{self.out} holds a run on another number of classes; give another --out") from error
             if RANK == 0 and log.exists():  # drop steps that run again, a torn line, the old config
                 lines += [line for line in log.read_text().splitlines(keepends=True)
                           if line.endswith("}\n") and 0 < json.loads(line)["step"] <= self.start]
@@ -1189,7 +1192,11 @@ def run_cli(main):
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that `finally` clauses run
     try:
         main()
-    except (UserError, FloatingPointError, RuntimeError, MemoryError) as error:
+        if dist.is_initialized():  # not after an error, as NCCL would wait for the other processes
+            dist.destroy_process_group()
+    except (UserError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:
+        if LOCAL_RANK > 0:
+            time.sleep(5)  # the first process's error is the one to be read: when it ends, torchrun ends this one
         sentence, _, _ = str(error).partition("\n")
         if isinstance(error, MemoryError) or (
                 isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", str(error))):
@@ -1199,16 +1206,12 @@ def run_cli(main):
             if not isinstance(error, torch._dynamo.exc.TorchDynamoException):  # compiling needs Triton and C++
                 raise
             sentence = f"torch.compile fails here ({sentence}); give --compile no"
-        if LOCAL_RANK > 0:
-            time.sleep(5)  # only the first process need print the error: when it ends, torchrun ends this one
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, before)
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def main():

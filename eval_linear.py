@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
@@ -205,7 +204,7 @@ def load_published(path, arch):
 def load_model(arguments):
     """The trained and an untrained network, on the CPU, and the Config, updated by the arguments except the scale."""
     if arguments.arch:
-        trained = nn.Module()  # stands in for an Encoder
+        trained = torch.nn.Module()  # stands in for an Encoder
         trained.backbone, stride = load_published(arguments.checkpoint, arguments.arch)
         config = bagssl.Config(dataset="", arch=arguments.arch, stem_stride=stride, projector=(1, 1, 1))  # unused
     else:
@@ -331,7 +330,7 @@ def main():
             columns = [f"{key} {row[key]:5.2f} %" for key in ("top1", "top5", "knn", "knn_whitened") if key in row]
             print(f"{name:{max(map(len, embedders))}}", *columns, sep="  ", flush=True)
             results.append(row)
-            save_results(arguments, "probe", dataset=config.dataset, data=config.data, image_size=config.image_size,
+            save_results(arguments, "probe", data=config.data or config.dataset, image_size=config.image_size,
                          patch_scale=scale, patch_size=size, train_images=len(train_images),
                          test_images=len(test_images), results=results)
         if group:
