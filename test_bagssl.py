@@ -119,7 +119,7 @@ def write_classes(folder, count):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("scale, size", [(0.1, None), (0.2, 16), ((0.05, 0.7), 7), ((0.05, 0.7), 16),
-                                         ((0.05, 0.7), 40)])
+                                         ((0.05, 1.0), 40)])
 def test_patches_agree_with_torchvision(dtype, scale, size):
     """Without a size they are the image's own pixels; scales between two are uniform in area."""
     images, u = noise(3, 3, 24, 32).to(dtype), torch.rand(3, 50, 3)
@@ -127,14 +127,14 @@ def test_patches_agree_with_torchvision(dtype, scale, size):
     with torch.autocast("cpu", torch.bfloat16):  # which would round to 8 bits
         patches = bagssl.crop_patches(images, u, scale, size)
     low, high = np.broadcast_to(scale, 2)
-    tolerance = 0 if size is None else 1 if dtype == torch.uint8 else 0.01
-    assert patches.shape[:2] == (3, 50)
+    tolerance = 0 if size is None else 0.51 if dtype == torch.uint8 else 0.01  # 0.5: rounded, not cut off
+    assert patches.shape[:2] == (3, 50) and patches.dtype == dtype
     for b, v in itertools.product(range(3), range(50)):
         down, right, area = u[b, v].tolist()
-        side = round(math.sqrt((low + (high - low) * area) * 24 * 32))
+        side = min(24, round(math.sqrt((low + (high - low) * area) * 24 * 32)))
         top, left = int(down * (25 - side)), int(right * (33 - side))
-        expected = TF.resized_crop(images[b], top, left, side, side, 2 * [size or side])
-        assert_close(patches[b, v], expected, atol=tolerance, rtol=0)
+        expected = TF.resized_crop(images[b].float(), top, left, side, side, 2 * [size or side])
+        assert_close(patches[b, v].float(), expected, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("scale, size", [(0.0, 4), (-0.1, 4), (1.01, 4), ((0.0, 0.5), 4), ((0.5, 1.2), 4),
@@ -168,7 +168,8 @@ NEUTRAL = dict(brightness=0, contrast=0, saturation=0, hue=0, jitter_prob=1, gra
     (3, {"contrast": 0.9}, lambda x, u: TF.adjust_contrast(x, 0.1 + 1.8 * u)),
     (4, {"saturation": 0.9}, lambda x, u: TF.adjust_saturation(x, 0.1 + 1.8 * u)),
     (5, {"hue": 0.5}, lambda x, u: TF.adjust_hue(x, u - 0.5)),
-    (6, {"gray_prob": 0.6}, lambda x, u: TF.rgb_to_grayscale(x, 3) if u < 0.6 else x),
+    (6, {"gray_prob": 0.6, "solarize_prob": 0.9}, lambda x, u: TF.solarize(  # of what may be grey
+        TF.rgb_to_grayscale(x, 3) if u < 0.6 else x, 0.5)),
     (7, {"solarize_prob": 0.6}, lambda x, u: TF.solarize(x, 0.5) if u < 0.6 else x),
 ])
 def test_augment_agrees_with_torchvision(index, strengths, reference):
@@ -208,24 +209,19 @@ def test_a_resnets_backbone_is_torchvisions(arch, width, stride):
     assert_close(model(x), h)
 
 
-@pytest.mark.parametrize("side, stride", [(3, 1), (16, 1), (32, 1), (3, 2), (17, 2), (32, 2)])
-def test_patchnet_takes_patches_of_many_sizes(side, stride):
-    net = bagssl.PatchNet((8, 12, 16, 20), stride)
-    assert net(torch.rand(4, 3, side, side)).shape == (4, 40) and net.width == 40
-    assert not net.whiten.weight.requires_grad
-
-
 def test_patchnets_convolutions_begin_by_copying_their_input():
-    for layer in bagssl.PatchNet().layers[::3]:
+    for layer, stride in zip(bagssl.PatchNet().layers[::3], (2, 2, 1, 1), strict=True):
         x = torch.randn(2, layer.in_channels, 9, 9)
-        assert_close(layer(x)[:, :layer.in_channels], x[:, :, ::layer.stride[0], ::layer.stride[0]])
+        assert_close(layer(x)[:, :layer.in_channels], x[:, :, ::stride, ::stride])
 
 
-def test_patchnet_ends_in_a_mean_and_a_layer_beside_it():
-    net, x = bagssl.PatchNet((8, 12, 16, 20)).double().eval(), torch.rand(4, 3, 16, 16).double()
-    mean = net.layers(F.conv2d(x, net.whiten.weight).clamp(min=0)).mean((2, 3))
+@pytest.mark.parametrize("side, stride", [(3, 1), (16, 1), (32, 1), (3, 2), (17, 2), (32, 2)])
+def test_patchnet_ends_in_a_mean_and_a_layer_beside_it(side, stride):
+    net, x = bagssl.PatchNet((8, 12, 16, 20), stride).double().eval(), torch.rand(4, 3, side, side).double()
+    mean = net.layers(F.conv2d(x, net.whiten.weight, stride=stride).clamp(min=0)).mean((2, 3))
     layer = (mean @ net.last[0].weight.T / math.sqrt(1 + net.last[1].eps)).clamp(min=0)
     assert_close(net(x), torch.cat([mean, layer], 1))
+    assert net.width == 40 and not net.whiten.weight.requires_grad
 
 
 def test_whitening_makes_blocks_of_pixels_white():
@@ -236,6 +232,8 @@ def test_whitening_makes_blocks_of_pixels_white():
     assert_close(torch.cov(maps.transpose(0, 1).flatten(1)), torch.eye(27).double(), atol=0.01, rtol=0)
     damped = bagssl.whitening_filters(images, epsilon=0.5).flatten(1).norm(dim=1).max()
     assert damped < 1 / math.sqrt(0.5) + 1e-3  # no axis is amplified by more than 1 / sqrt(epsilon)
+    many = noise(2000, 3, 32, 32)  # of which every second is enough
+    assert torch.equal(bagssl.whitening_filters(many), bagssl.whitening_filters(many[::2]))
 
 
 one_graph = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)  # or an error; needs no C++ compiler
@@ -252,9 +250,11 @@ def check_that_one_graph_gives_the_same(encoder, x):
 @pytest.mark.parametrize("arch, scale, size", [("resnet18", (0.25,), 0), ("patchnet", (0.08, 1.0), 12)])
 def test_views_and_encoder_are_one_graph_each(arch, scale, size):
     config = bagssl.Config(arch=arch, num_patches=2, patch_scale=scale, patch_size=size)
-    arguments = noise(4, 3, 16, 16), torch.rand(4, 2, 11), config
-    x = bagssl.training_views(*arguments)
-    assert_close(one_graph(bagssl.training_views)(*arguments), x)
+    images, u = noise(4, 3, 16, 16), torch.rand(4, 2, 11)
+    x = bagssl.training_views(images, u, config)
+    patches = bagssl.crop_patches(images, u[..., :3], scale if size else scale[0], size or None)
+    assert_close(x, bagssl.normalize(bagssl.augment(patches / 255, u[..., 3:])).flatten(0, 1))
+    assert_close(one_graph(bagssl.training_views)(images, u, config), x)
     check_that_one_graph_gives_the_same(bagssl.Encoder(arch, 1, (8, 8, 8)).double(), x.double())
 
 
@@ -294,10 +294,11 @@ def test_shares_of_vicreg_loss_average_to_the_mean_over_pairs(B, V, D, processes
 
 
 def test_vicreg_loss_is_float32_under_autocast():
-    z = torch.randn(16, 2, 40)
+    z = torch.randn(16, 2, 40).bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = bagssl.vicreg_loss(z)
-    assert torch.equal(loss, bagssl.vicreg_loss(z)[0])
+        loss, terms = bagssl.vicreg_loss(z.requires_grad_())
+    assert torch.equal(loss, bagssl.vicreg_loss(z.float())[0])
+    assert loss.requires_grad and not any(term.requires_grad for term in terms.values())
 
 
 def test_vicreg_loss_makes_no_square_of_the_width():
@@ -369,14 +370,16 @@ def test_vicreg_spans_the_leading_eigenvectors_of_co_occurrence(small_world, wid
 def test_bag_and_its_evaluation_in_blocks_are_the_mean_over_a_loop(chunk, per_side, scale, size, monkeypatch):
     monkeypatch.setattr(bagssl, "has_bf16", lambda device: False)
     backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).requires_grad_(False)
-    images, sizes = noise(5, 3, 20, 24), []
+    images, sizes, cut = noise(5, 3, 20, 24), [], Mock(wraps=bagssl.grid_patches)
+    monkeypatch.setattr(bagssl, "grid_patches", cut)
     backbone.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     bag = bagssl.BagOfPatches(backbone, per_side, scale, size, chunk)
     whole, blocks = bag(images), eval_linear.embed(bag, images, torch.device("cpu"), block=3)
     assert max(sizes) <= chunk
+    assert max(len(call.args[0]) for call in cut.call_args_list) <= max(1, chunk // per_side ** 2)
     patches = bagssl.normalize(bagssl.grid_patches(images, per_side, scale, size))
     expected = torch.stack([sum(backbone(patch[None])[0] for patch in its_patches) for its_patches in patches])
-    for found in (whole, blocks):
+    for found in (whole, blocks) if size else (whole, blocks, bag(images / 255)):
         assert_close(found, expected / per_side ** 2, atol=1e-5, rtol=1e-4)
 
 
@@ -452,13 +455,20 @@ def test_torchvision_sets(tmp_path, offline, monkeypatch, capsys):
         (folder / name).write_bytes(pickle.dumps({"data": rows.numpy(), "labels": labels}))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
-    images, found = bagssl.load_images("cifar10", tmp_path, "train", 32)
-    assert torch.equal(images, rows.unflatten(1, (3, 32, 32)).repeat(5, 1, 1, 1)) and found.tolist() == 5 * labels
-    assert f"25 (train) from CIFAR10, torchvision's files in {tmp_path}" in capsys.readouterr().out
+    for split in ("train", "pretrain"):
+        images, found = bagssl.load_images("cifar10", tmp_path, split, 32)
+        assert torch.equal(images, rows.unflatten(1, (3, 32, 32)).repeat(5, 1, 1, 1)) and found.tolist() == 5 * labels
+        assert f"25 ({split}) from CIFAR10, torchvision's files in {tmp_path}" in capsys.readouterr().out
     assert bagssl.load_images("cifar10", tmp_path, "test", 40)[0].shape == (5, 3, 40, 40)
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", lambda *_, **__: [(Image.new("L", (28, 28), 10), 4)])
     grey, _ = bagssl.load_images("fashionmnist", tmp_path, "train", 28)
     assert grey.shape == (1, 3, 28, 28) and (grey == 10).all()
+    stl10 = {"train": [(Image.new("RGB", (96, 96)), 4)], "train+unlabeled": 2 * [(Image.new("RGB", (96, 96)), -1)]}
+    monkeypatch.setattr(torchvision.datasets, "STL10", lambda folder, split, download: stl10[split])
+    assert bagssl.load_images("stl10", tmp_path, "train", 32)[1].tolist() == [4]
+    config = bagssl.Config(dataset="stl10", data=tmp_path, batch_size=2)
+    images, found = bagssl.training_images(config, torch.device("cpu"))
+    assert images.shape == (2, 3, 32, 32) and found is None  # nothing for the online probe to learn
 
 
 def test_no_other_images_than_those_named(tmp_path, offline, capsys):
@@ -523,8 +533,13 @@ def test_bad_images(tmp_path, refused, run, monkeypatch):
     assert not list((folder / ".bagssl").iterdir())
     for name in ("bad1.png", "bad2.jpg", "link.png", "vast.png"):
         (folder / name).unlink()
+    with monkeypatch.context() as context:  # to write to a memory map on a full disk would end the process
+        context.setattr(shutil, "disk_usage", lambda _: Mock(free=12 * 3 * 40 * 40 - 1))
+        assert "cannot write decoded images" in refused(*arguments)
     assert "fewer than one batch of 64" in refused(*arguments, "--batch-size", 64)
-    assert f"images:  12 (pretrain) from {folder}" in run(*arguments).stdout  # and a flat folder of photos trains
+    cache = tmp_path / "cache"
+    assert f"images:  12 (pretrain) from {folder}" in run(*arguments, "--cache", cache).stdout  # a flat folder trains
+    assert len(list(cache.iterdir())) == 1
     assert "has no labelled images" in refused("--checkpoint", tmp_path / "run/checkpoint.pt", script=eval_linear)
 
 
@@ -569,7 +584,7 @@ def test_demo_world_is_what_it_says(monkeypatch):
         drawn = np.bincount(parts[labels == label].ravel(), minlength=24) / (25 * (labels == label).sum())
         assert np.abs(drawn - world[label]).max() < 0.01
     guess = world.argmax(0)[parts[:, 2, 2]]  # the best guess from one part
-    assert abs((guess == labels).mean() - world.max(0).sum() / 10) < 0.015
+    assert abs((guess == labels).mean() - 0.575) < 0.015
     evidence = np.log(world)[:, parts.reshape(len(parts), -1)].sum(-1).argmax(0)
     assert (evidence == labels).mean() > 0.98
     monkeypatch.setattr(bagssl, "render_part", lambda part, *_: part)
@@ -578,6 +593,11 @@ def test_demo_world_is_what_it_says(monkeypatch):
     monkeypatch.undo()
     small, again = (bagssl.demo_images(4, 80, seed=3)[0] for _ in range(2))
     assert np.array_equal(small, again) and small.shape == (4, 3, 80, 80) and small.std() > 20
+    monkeypatch.setattr(bagssl, "DEMO_COUNTS", dict.fromkeys(bagssl.DEMO_COUNTS, 4))
+    drawn = [bagssl.load_images("demo", "", split, 10, seed=seed)[0] for split in ("train", "test") for seed in (0, 1)]
+    drawn += [bagssl.training_images(bagssl.Config(dataset="demo", image_size=10, batch_size=2, seed=seed),
+                                     torch.device("cpu"))[0] for seed in (0, 1)]
+    assert len({images.sum().item() for images in drawn}) == 6  # each split and seed has images of its own
 
 
 # ------------------------------------------------------------------------------------------------------------- Runs
@@ -592,7 +612,8 @@ def test_seeds_are_apart():
 def test_effective_rank():
     q = torch.linalg.qr(torch.randn(400, 6, dtype=torch.float64)).Q
     q = torch.linalg.qr(q - q.mean(0)).Q.float()
-    assert abs(bagssl.effective_rank(q) - 6) < 0.01
+    share = torch.arange(1, 7) / 21
+    assert bagssl.effective_rank(q * share + 5) == pytest.approx(torch.special.entr(share).sum().exp().item(), rel=1e-3)
     collapsed = torch.randn(500, 1) @ torch.randn(1, 500)
     assert abs(bagssl.effective_rank(collapsed + 1e-6 * torch.randn(500, 500)) - 1) < 0.01
 
@@ -667,9 +688,6 @@ def test_a_run_leaves_what_it_says(tiny_run):
     net.load_state_dict(torch.load(tiny_run.out / "backbone.pt", weights_only=True))
     x = torch.rand(2, 3, 16, 16)
     assert_close(net(x), encoder(x)[0], rtol=1e-4, atol=1e-5)
-    images, _ = bagssl.load_images("any", tiny_run.data, "pretrain", 40)
-    found, expected = net.whiten.weight.flatten(1), bagssl.whitening_filters(images).flatten(1)
-    assert_close((found @ expected.T).abs().amax(1), expected.square().sum(1), rtol=1e-2, atol=1e-2)
 
 
 def test_training_is_this_loop(tiny_run, out, run, monkeypatch):
@@ -677,9 +695,9 @@ def test_training_is_this_loop(tiny_run, out, run, monkeypatch):
     monkeypatch.setattr(bagssl, "LOG_EVERY", 1)
     monkeypatch.setattr(bagssl, "has_bf16", lambda device: False)  # whose rounding would hide mistakes
     run(*TINY, "--data", tiny_run.data, "--out", out, "--epochs", 2, "--lr", 0.01, "--clip", 40, "--weight-decay", 0.1,
-        "--inv-weight", 10, "--var-weight", 20, "--cov-weight", 3)
+        "--seed", 3, "--inv-weight", 10, "--var-weight", 20, "--cov-weight", 3)
     images, labels = bagssl.load_images("any", tiny_run.data, "pretrain", 40)
-    torch.manual_seed(0)
+    torch.manual_seed(3)
     encoder = bagssl.Encoder("patchnet", 1, (16, 16, 16))
     encoder.backbone.whiten.weight.copy_(bagssl.whitening_filters(images))
     probe = bagssl.OnlineProbe(encoder.backbone.width, 2)
@@ -687,8 +705,8 @@ def test_training_is_this_loop(tiny_run, out, run, monkeypatch):
     first, momenta, log = [p.detach().clone() for p in weights], [0] * len(weights), read_log(out)[1:]
     for step, entry in enumerate(log):
         epoch, i = divmod(step, 3)
-        chosen = torch.randperm(24, generator=bagssl.generator_for(0, "order", epoch))[8 * i:8 * i + 8]
-        u = torch.rand(8, 2, 11, generator=bagssl.generator_for(0, "patches", step))
+        chosen = torch.randperm(24, generator=bagssl.generator_for(3, "order", epoch))[8 * i:8 * i + 8]
+        u = torch.rand(8, 2, 11, generator=bagssl.generator_for(3, "patches", step))
         patches = bagssl.augment(bagssl.crop_patches(images[chosen], u[..., :3], 0.0625) / 255, u[..., 3:])
         h, z = encoder(bagssl.normalize(patches).flatten(0, 1))
         loss = pairwise_vicreg(z.unflatten(0, (8, 2)), 10.0, 20.0, 3.0)
@@ -731,11 +749,15 @@ def test_the_online_probe_changes_no_weight(tiny_run, tiny, out, run, monkeypatc
 
 
 def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tiny, out, run, monkeypatch):
+    encoders = Mock(wraps=bagssl.Encoder)
+    monkeypatch.setattr(bagssl, "Encoder", encoders)
     monkeypatch.setattr(bagssl, "LOG_EVERY", 1)
     run(*tiny, "--epochs", 10, "--lr", 1e-3, "--warmup", 0.3, "--arch", "resnet18", "--stem-stride", 2)
     assert losses(out, every=1, key="lr") == pytest.approx(
         [1e-3 * min(1, (i + 1) / 10) * math.cos(math.pi * i / 60) ** 2 for i in range(30)])
-    assert bagssl.load_encoder(out / "checkpoint.pt")[1].arch == "resnet18"
+    encoder, config = bagssl.load_encoder(out / "checkpoint.pt")
+    assert config.arch == "resnet18" and encoder.backbone.conv1.stride == (2, 2)
+    assert {call.args for call in encoders.call_args_list} == {("resnet18", 2, (16, 16, 16))}
     bagssl.make_backbone("resnet18", 2).load_state_dict(torch.load(out / "backbone.pt", weights_only=True))
 
 
@@ -749,6 +771,8 @@ def test_a_finished_run_is_left_alone_and_what_cannot_continue_is_refused(tiny_r
     with monkeypatch.context() as context:
         context.setattr(bagssl, "training_images", lambda *_: (noise(32, 3, 40, 40), None))
         assert "a run of 3 steps per epoch, not 4: the number of images has changed" in refused(*again)
+        context.setattr(bagssl, "training_images", lambda *_: (noise(24, 3, 40, 40), torch.arange(24) % 3))
+        assert "on another number of classes" in refused(*again)
     assert before == {path.name: path.read_bytes() for path in tiny_run.out.iterdir()}
     (tmp_path / "precious.txt").write_text("mine")
     assert "holds no run" in refused(*tiny, "--out", tmp_path)
@@ -757,6 +781,8 @@ def test_a_finished_run_is_left_alone_and_what_cannot_continue_is_refused(tiny_r
 
 def test_a_run_goes_on_to_more_epochs(tiny_run, tiny, out, run, refused):
     shutil.copytree(tiny_run.out, out)
+    with open(out / "log.jsonl", "a") as log:  # what a kill after the last checkpoint leaves
+        log.write('{"step": 50}\n{"step": 60, "lo')
     assert "at step 45 of 60" in run(*tiny, "--epochs", 20).stdout
     header, *entries = read_log(out)
     assert header["config"]["epochs"] == 20
@@ -849,17 +875,13 @@ def test_a_signal_under_torchrun_waits_for_a_slow_checkpoint(tiny, out, terminal
     assert not list(out.glob(".*"))
 
 
-@pytest.mark.parametrize("what", ["patch", "weight", "gradient"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_bad_numbers_stop_a_run_and_leave_its_checkpoint(tiny, out, what, monkeypatch, run):
     forward, steps = bagssl.Encoder.forward, itertools.count(1)
 
     def bad_in_step_33(encoder, x):
         bad = what if next(steps) == 33 else None
-        if bad == "patch":
-            x[0, 0, 0, 0] = math.nan
-        if bad == "weight":
-            encoder.backbone.layers[0].weight.data[0, 0, 0, 0] = math.inf
-        h, z = forward(encoder, x)
+        h, z = forward(encoder, x * math.nan if bad == "loss" else x)
         if bad == "gradient":
             z.register_hook(lambda gradient: gradient * math.nan)
         return h, z
@@ -885,17 +907,21 @@ def test_a_missing_compiler_is_a_sentence(tiny, tmp_path):
     assert told.count("\n") == 1 and "C++ compiler" in told and "--compile no" in told
 
 
-def test_collapse_is_warned_of_once(tiny, monkeypatch, run):
+def test_collapse_is_warned_of_once_and_times_are_right(tiny, out, monkeypatch, run):
+    """A step takes 11 seconds of this clock: every one is shown, and after six of them a checkpoint is due."""
     monkeypatch.setattr(bagssl, "LOG_EVERY", 1)
-    clock = itertools.count(0, 11.0)  # so that every look is shown
-    monkeypatch.setattr(bagssl, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    forward = bagssl.Encoder.forward
-    monkeypatch.setattr(bagssl.Encoder, "forward", lambda self, x: (torch.ones(len(x), 2048), forward(self, x)[1]))
-    told = run(*tiny, "--epochs", 4).stderr
+    steps, forward, save = [], bagssl.Encoder.forward, Mock(wraps=bagssl.save_atomically)
+    monkeypatch.setattr(bagssl, "time", types.SimpleNamespace(monotonic=lambda: 11.0 * len(steps)))
+    monkeypatch.setattr(bagssl, "save_atomically", save)
+    monkeypatch.setattr(bagssl.Encoder, "forward", lambda self, x: (
+        steps.append(0), torch.ones(len(x), 2048), forward(self, x)[1])[1:])
+    told = run(*tiny, "--epochs", 4, "--save-every", 1).stderr
     assert told.count("warning") == 1 and "at step 2" in told and "--lr" in told
+    assert [call.args[0].name for call in save.call_args_list].count("checkpoint.pt") == 2  # the other is the last
+    assert "step 13/15  0:00:22 left" in run(*tiny, "--epochs", 5).stdout
+    assert losses(out, every=1, key="patches_per_s") == pytest.approx(15 * [8 * 2 / 11])
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="by /dev/full")
 @pytest.mark.parametrize("failing, saved", [(3, 20), (5, 40)])  # a checkpoint, backbone.pt
 def test_a_full_disk_is_told_and_what_was_saved_stays(tiny_run, tiny, out, failing, saved, monkeypatch, refused, run):
     save, saves = torch.save, itertools.count(1)
@@ -911,8 +937,9 @@ def test_a_full_disk_is_told_and_what_was_saved_stays(tiny_run, tiny, out, faili
     assert "No space left" in told and "cannot write" in told and saved_step(out) == saved
     assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "log.jsonl"}
     with monkeypatch.context() as context:
-        context.setattr(bagssl, "open", lambda path, mode, **options: open(
-            "/dev/full" if mode == "a" else path, mode, **options), raising=False)
+        full = Mock(write=Mock(side_effect=OSError("No space left")))
+        context.setattr(bagssl, "open", lambda path, mode, **_: full if mode == "a" else open(path, mode),
+                        raising=False)
         told = refused(*tiny)
     assert "No space left" in told and "log.jsonl" in told and saved_step(out) == saved
     assert f"at step {saved} of 45" in run(*tiny).stdout and same_weights(out, tiny_run.out)
@@ -935,10 +962,10 @@ def test_processes_train_as_one_on_two_nodes_or_compiled(tmp_path):
     """1 process, 2 on each of 2 nodes, and 2 compiled: 21 steps of 32 images, losses equal to 1e-5, weights to 1e-4."""
     write_classes(tmp_path / "data/train", 96)
 
-    def train(name, launcher=(), compiled="no"):
+    def train(name, launcher=(), compiled="no", epochs=7, code=0):
         return command(*calling(compute_in_float32), *TINY, "--data", tmp_path / "data", "--out", tmp_path / name,
-                       "--epochs", 7, "--batch-size", 32, "--num-patches", 4, "--lr", 3e-4, "--compile", compiled,
-                       launcher=launcher).stdout
+                       "--batch-size", 32, "--num-patches", 4, "--lr", 3e-4, "--compile", compiled, "--epochs", epochs,
+                       launcher=launcher, code=code)
 
     def weights(name):
         return bagssl.load_checkpoint(tmp_path / name / "checkpoint.pt")[0]["encoder"]
@@ -948,7 +975,7 @@ def test_processes_train_as_one_on_two_nodes_or_compiled(tmp_path):
         first = pool.submit(train, "2 nodes", nodes)
         time.sleep(1)
         second = pool.submit(train, "2 nodes", nodes)
-    printed = first.result(), second.result()
+    printed = first.result().stdout, second.result().stdout
     assert sorted("eval_linear.py" in its_output for its_output in printed) == [False, True]  # rank 0 alone prints
     train("1")
     train("2 compiled", torchrun(2), "yes")
@@ -957,6 +984,8 @@ def test_processes_train_as_one_on_two_nodes_or_compiled(tmp_path):
         assert losses(tmp_path / name, key="probe_top1") == pytest.approx(
             losses(tmp_path / "1", key="probe_top1"), abs=1)  # rounding may turn a guess
         assert_close(weights(name), weights("1"), rtol=1e-4, atol=1e-4)
+    told = train("2 compiled", torchrun(2), epochs=6, code=1).stderr  # torchrun's own code
+    assert told.count("error: ") == 1 and "epochs was 7, is 6" in told and "RuntimeError" not in told
 
 
 @pytest.mark.parametrize("setting, device, compiled", [
@@ -1043,17 +1072,30 @@ def test_two_processes_have_the_gradients_of_one_and_compile_to_one_graph():
 # ------------------------------------------------------------------------------------------------------------ Probe
 
 
-def test_linear_probe_finds_the_classes_and_uses_no_test_labels():
+def test_linear_probe_is_this_protocol():
+    """Standardise by the training set, choose the decay on a tenth of it, fit to all of it, and only then test."""
     centres, labels = torch.randn(12, 20), torch.arange(12).repeat(40)
-    train, test = (centres[labels] + 0.3 * torch.randn(480, 20) for _ in range(2))
-    found = eval_linear.linear_probe(train * 50 + 7, labels, test * 50 + 7, labels)
-    assert 100 >= found["top5"] >= found["top1"] > 97
-    assert eval_linear.knn_probe(train, labels, test, labels) > 97
-    third = sum(y in row.argsort()[-3:] for row, y in zip(train.numpy(), labels)) / 4.8
-    assert eval_linear.top_k(train, labels, 3) == pytest.approx(third)
-    shuffled = labels[torch.randperm(480)]
-    chance = eval_linear.linear_probe(train, labels, test, shuffled)
-    assert chance["top1"] < 20 and chance["decay"] == found["decay"]
+    train, test = (20 * (centres[labels] + torch.randn(480, 20)) + 7 for _ in range(2))
+    test = test / 2 + 3  # so that its own mean and deviation would not do
+
+    def fit(rows, decay):
+        return eval_linear.fit_linear(x[rows], labels[rows], 12, [decay])[0]  # tested below
+
+    def accuracy(x, labels, weight, k=1):
+        best = np.argsort(-(x @ weight[:-1] + weight[-1]).numpy())[:, :k]
+        return 100 * (best == labels.numpy()[:, None]).any(1).mean()
+
+    x, decays = (train - train.mean(0)) / train.std(0), (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)
+    held, kept = torch.randperm(480, generator=torch.Generator().manual_seed(0)).split([48, 432])
+    scores = [accuracy(x[held], labels[held], fit(kept, decay)) for decay in decays]
+    best = decays[scores.index(max(scores))]
+    assert best not in (decays[0], decays[-1])
+    weight, x_test = fit(slice(None), best), (test - train.mean(0)) / train.std(0)
+    found = eval_linear.linear_probe(train, labels, test, labels)
+    assert found == {"top1": pytest.approx(accuracy(x_test, labels, weight), abs=0.3), "decay": best,
+                     "top5": pytest.approx(accuracy(x_test, labels, weight, 5), abs=0.3)}
+    with pytest.raises(bagssl.UserError, match="9 images are too few"):
+        eval_linear.linear_probe(train[:9], labels[:9], test, labels)
 
 
 def test_linear_fits_are_the_optima():
@@ -1073,18 +1115,19 @@ def test_whitened_features_are_uncorrelated_with_equal_variances():
     assert_close(F.pdist(test.double()), F.pdist(2 * x[:9].double() @ root), rtol=1e-3, atol=0)  # Mahalanobis's
     noisy = torch.cat([x, 1e-4 * torch.rand(500, 1)], 1)
     assert eval_linear.whiten(noisy, noisy)[0].std(0).min() < 0.01  # what hardly varies stays small
+    assert_close(*(eval_linear.whiten(scale * noisy, noisy)[0].std(0) for scale in (1, 9)), rtol=0.01, atol=1e-4)
     assert eval_linear.whiten(x, x)[1].mean(0).abs().max() < 1e-4
     assert not eval_linear.whiten(torch.ones(20, 4), torch.ones(5, 4))[1].any()  # collapsed
 
 
 def test_knn_votes_as_a_loop_does():
-    train, test, labels, truth = torch.randn(60, 4), torch.randn(50, 4), torch.arange(60) % 3, torch.arange(50) % 3
+    train, test, labels, truth = torch.randn(60, 4), torch.randn(500, 4), torch.arange(60) % 3, torch.arange(500) % 3
     guesses = []
     for cosine in F.cosine_similarity(test[:, None], train, dim=2).numpy():
         nearest = np.argsort(-cosine)[:20]
         guesses.append(np.bincount(labels[nearest], np.exp(cosine[nearest] / 0.07)).argmax())
     accuracy = 100 * np.mean(guesses == truth.numpy())
-    assert eval_linear.knn_probe(train, labels, test, truth) == pytest.approx(accuracy)
+    assert eval_linear.knn_probe(train, labels, test, truth, block=16) == pytest.approx(accuracy)
 
 
 @pytest.fixture
@@ -1119,6 +1162,36 @@ def test_probe_prints_a_table_and_writes_it(evaluated, processes, tmp_path, monk
         assert 0 <= row["top1"] <= 100 and f"{name}  top1 {row['top1']:5.2f} %  knn" in printed
     assert all(json.loads(text.splitlines()[1])["results"] == results[:-1] for text in written)
     assert len(written) == 2 * (processes == 1) and printed.count("added to") == 1
+
+
+def test_probes_get_the_features_that_a_row_names(evaluated, tiny_run, monkeypatch):
+    """Against loops over patches, which the flags resize from 10 x 10 pixels to 12 x 12."""
+    linear, knn = Mock(wraps=eval_linear.linear_probe), Mock(wraps=eval_linear.knn_probe)
+    monkeypatch.setattr(eval_linear, "linear_probe", linear)
+    monkeypatch.setattr(eval_linear, "knn_probe", knn)
+    monkeypatch.setattr(bagssl, "has_bf16", lambda device: False)
+    evaluated("--patches", 4, *SMALL, "--patch-size", 12, script=eval_linear)
+    backbone = bagssl.load_encoder(tiny_run.checkpoint)[0].backbone.requires_grad_(False)
+    splits = [bagssl.load_images("any", tiny_run.data, split, 20) for split in ("train", "test")]
+    (bag, whole, _, pixels), plain, white = linear.call_args_list, knn.call_args_list[::2], knn.call_args_list[1::2]
+    for k, (images, labels) in enumerate(splits):
+        patches = bagssl.normalize(bagssl.grid_patches(images, 2, 0.25, 12))
+        assert_close(bag.args[2 * k], torch.stack([backbone(its_patches).mean(0) for its_patches in patches]))
+        enlarged = TF.resize(images, [24, 24], antialias=True)  # by the same factor
+        assert_close(whole.args[2 * k], backbone(bagssl.normalize(enlarged)), rtol=0.01, atol=0.02)  # rounded to uint8
+        assert pixels.args[2 * k].equal(images.flatten(1).float()) and bag.args[2 * k + 1].equal(labels)
+    for one, two, three in zip(linear.call_args_list, plain, white, strict=True):
+        assert all(x.equal(y) for x, y in zip(one.args, two.args, strict=True))
+        assert_close(three.args[0::2], eval_linear.whiten(*one.args[0::2]))
+    assert eval_linear.raw_pixels(noise(2, 3, 40, 40)).shape == (2, 3 * 32 * 32)
+    multi_scale, as_trained = bagssl.Config(patch_scale=(0.2, 0.8), patch_size=12), Mock(patch_scale=None, arch=None)
+    assert eval_linear.view_sizes(multi_scale, as_trained) == (0.5, 12, 12)
+
+
+def test_fewer_images_are_drawn_with_their_labels(monkeypatch):
+    monkeypatch.setattr(bagssl, "load_images", lambda *_: (torch.arange(100), -torch.arange(100)))
+    images, labels = eval_linear.load_split(bagssl.Config(), Mock(train_images=30), "train")
+    assert labels.equal(-images) and len(images.unique()) == 30 and images.max() > 50
 
 
 def test_the_untrained_control_has_the_whitening_and_nothing_else(tiny_run):
@@ -1284,13 +1357,15 @@ def test_each_claim_is_shown(evaluated, tmp_path):
     printed, results = evaluated("parts", script=claims)
     bags = ["one patch, the centre", "bag of 4", "bag of 16"]
     assert [row["features"] for row in results] == bags + [f"untrained, {bag}" for bag in bags]
-    assert all(math.isfinite(row["same image"]) for row in results) and "other class" in printed
+    cosines = {row["same image"] for row in results}
+    assert len(cosines) == 6 and all(map(math.isfinite, cosines)) and "other class" in printed
     printed, results = evaluated("locality", script=claims)
     rows = ["patch, h", "patch, z", "bag of 16, h", "bag of 16, z"]
     assert list(results) == rows + [f"untrained, {row}" for row in rows]
+    assert all(results[row] != results[f"untrained, {row}"] for row in rows)
     assert (tmp_path / "neighbours.png").exists() and "brightness" in printed
     _, results = evaluated("cooccurrence", "--data", "", "--image-size", 50, script=claims)  # as if trained on the demo
-    assert math.isfinite(results["trained"]) and math.isfinite(results["untrained"])
+    assert results["trained"] != results["untrained"] and all(map(math.isfinite, results.values()))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -1375,6 +1450,7 @@ def test_trials_train_and_probe_without_the_images_held_out(tiny_run, tmp_path, 
     ("--patch-scale 0.8 0.2 --patch-size 16", "a low and a high one together with a --patch-size"),
     ("--patch-scale 0.0005", "patches must be at least 3 pixels wide, not 2"),
     ("--device abacus", "device abacus cannot be used"), ("--data nowhere", "no images in nowhere"),
+    ("--out " + 300 * "x", "File name too long"),
     ("--preset imagenet --data nowhere", "no images in nowhere"),
     ("--preset cifar10-cpu --data nowhere", "no images in nowhere (looked for CIFAR10 as torchvision"),
     ("--preset cifar10-cpu", "could not be downloaded (no network); name a"),
@@ -1386,7 +1462,7 @@ def test_bad_arguments(arguments, sentence, tmp_path, offline, refused):
 
 def test_a_script_that_is_refused_ends_with_code_2():
     finished = command("eval_linear.py", "--checkpoint", "none.pt", code=2)
-    assert finished.stdout == "" and finished.stderr.count("\n") == 1
+    assert finished.stdout == "" and re.fullmatch("error: no checkpoint at none.pt; .*\n", finished.stderr)
 
 
 @pytest.mark.parametrize("script, arguments, sentence", [
@@ -1417,11 +1493,12 @@ def test_bad_checkpoints(tiny_run, tiny, out, tmp_path, refused):
     del part["optimizer"]
     old = {"config": {"an": "older field"}, "encoder": {}, "optimizer": {}, "step": 1}
     path, whole = out / "checkpoint.pt", tiny_run.checkpoint.read_bytes()
-    assert "no checkpoint at" in refused("--checkpoint", path, script=eval_linear)
     out.mkdir()
     for content in ({"model": 1}, old, other, part, Bomb()):
         torch.save(content, path)
         assert "not a checkpoint of this version" in refused("--checkpoint", path, script=eval_linear)
+    published = "--checkpoint", path, "--arch", "resnet18", "--data", tmp_path, *SMALL
+    assert "cannot be read (UnpicklingError)" in refused(*published, script=eval_linear)
     assert not (tmp_path / "exploded").exists()
     path.write_bytes(whole[:len(whole) // 2])
     assert "damaged, or not a checkpoint of this version" in refused(*tiny)
@@ -1459,6 +1536,28 @@ def test_links_lead_to_the_code(page):
         assert re.match(rf"(def|class) {name}\b", code), f"{name} is not at {file}:{line}, which says: {code}"
 
 
+def test_pieces_can_be_pasted_with_what_the_readme_says_they_need(tiny_run):
+    """And its example runs."""
+    _, *parts = re.split(r"^# -{118}\n# (.+)\n", Path(bagssl.__file__).read_text(), flags=re.M)
+    sections, images, u = dict(zip(parts[::2], parts[1::2])), noise(2, 3, 8, 8), torch.rand(2, 3, 11)
+    z, backbone = torch.randn(4, 2, 3), nn.Flatten()
+    for names, given, call in (
+            (["Patches"], ["math"], lambda scope: scope["crop_patches"](images, u[..., :3], 0.25)),
+            (["Augmentation"], [], lambda scope: scope["augment"](images / 255, u[:, 0, 3:])),
+            (["Loss"], [], lambda scope: scope["vicreg_loss"](z)[0]),
+            (["Patches", "Bag of patches"], ["math", "nn", "normalize"],
+             lambda scope: scope["BagOfPatches"](backbone, 2, 0.25)(images))):
+        scope = {"torch": torch, **{name: getattr(bagssl, name) for name in given}}
+        for name in names:
+            exec(sections[name], scope)
+        assert call(scope).equal(call(vars(bagssl)))
+    example, = re.findall(r"```python\n(.+?)```", (HERE / "README.md").read_text(), re.S)
+    scope = {}
+    exec(example.replace("runs/photos/checkpoint.pt", str(tiny_run.checkpoint))
+         .replace("/path/to/photos", str(tiny_run.data)), scope)
+    assert scope["embeddings"].shape == (24, 2048)
+
+
 @pytest.mark.parametrize("script, first", [(bagssl, []), (eval_linear, []), (claims, ["parts"])])
 def test_documented_commands_use_flags_that_exist(script, first, monkeypatch, capsys):
     name = str(Path(script.__file__).relative_to(HERE))
@@ -1470,6 +1569,10 @@ def test_documented_commands_use_flags_that_exist(script, first, monkeypatch, ca
     used = re.findall(rf"(?<![\w/]){re.escape(name)}((?: [^\s`&|;]+)*)", pages)
     used = {flag for arguments in used for flag in re.findall(r" (--[\w-]+)", arguments)}
     assert len(used) > 1 and used <= set(known), used - set(known)
+    if script is bagssl:
+        for settings in re.findall(r"(?:python|=8) bagssl\.py((?: [^\s`&|;]+)*)", (HERE / "README.md").read_text()):
+            if "--help" not in settings:
+                bagssl.check_config(bagssl.parse_config(settings.split()), processes=8)
 
 
 @pytest.mark.parametrize("name", ["bagssl.py", "eval_linear.py"])
