@@ -82,7 +82,7 @@ class Config:
     cov_weight: float = 1.0  # weight of the covariance term
     seed: int = 0  # random seed of the initial weights, the order of the images, the patches, and the demo's images
     device: str = ""  # cuda, mps, cpu; default: the best there is
-    compile: str = "auto"  # yes, no, or auto: with CUDA only (on a CPU it gains a few per cent at most)
+    compile: str = "auto"  # yes, no, or auto: with CUDA only (on a CPU it gains a few per cent)
     save_every: float = 5.0  # minutes between checkpoints
 
 

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -1385,7 +1386,7 @@ def test_profile_times_the_parts_and_leaves_nothing(tiny, tmp_path, processes, r
     printed = run("profile", *tiny, script=benchmark, processes=processes).stdout
     assert not list(tmp_path.iterdir())
     shown = {line[:22].strip(): line[22:].split() for line in printed.splitlines()}
-    parts = ["load", "crop + augment", "backbone", "projector", "gather + loss", "backward", "clip + optimiser"]
+    parts = ["crop + augment", "backbone", "projector", "gather + loss", "backward", "clip + optimiser"]
     parts += ["gradient all-reduce"] * (processes > 1)
     total = float(shown["sum of the parts"][0])
     assert sum(float(shown[part][0]) for part in parts) == pytest.approx(total, abs=0.5)
@@ -1424,7 +1425,7 @@ def test_the_simulation_counts_what_two_processes_send_and_compute(run):
     assert two[5] == f"({counts['gather'][0]})" and two[9] == f"({counts['scatter'][0]})"
 
 
-def test_trials_train_and_probe_without_the_images_held_out(tiny_run, tmp_path, run, monkeypatch):
+def test_trials_train_and_probe_without_the_images_held_out(tiny_run, tmp_path, run, refused, monkeypatch):
     monkeypatch.setattr(bagssl, "training_images", bagssl.training_images)  # put back what trials.py replaces
     images = torch.arange(24)
     (kept, labels), (held, held_labels) = trials.hold_out(images, -images)
@@ -1436,10 +1437,24 @@ def test_trials_train_and_probe_without_the_images_held_out(tiny_run, tmp_path, 
     *_, first, second = printed.splitlines()
     for row, lr in ((first, "1e-4"), (second, "1e-3")):
         assert re.fullmatch(rf"\| {lr} \| 16,16,8 \| \d+ \|( \d+\.\d \|){{3}}", row)
-        checkpoint, _, _ = bagssl.load_checkpoint(tmp_path / f"lr={lr}-projector=16,16,8/checkpoint.pt")
+        checkpoint, _, _ = bagssl.load_checkpoint(tmp_path / f"15-epochs-lr={lr}-projector=16,16,8/checkpoint.pt")
         assert checkpoint["config"]["lr"] == float(lr) and checkpoint["config"]["projector"] == (16, 16, 8)
         assert checkpoint["step"] == 15 * (22 // 8)  # epochs of the images kept
     assert run(*arguments, script=trials).stdout == printed  # nothing is trained again
+    assert "fewer than a batch" in refused(*arguments, "--try", "batch-size", 8, 64, script=trials)
+    assert "--try takes a flag and its values" in refused(*arguments, "--try", "epochs", script=trials)
+
+
+def test_the_curve_is_drawn_from_the_tables(monkeypatch):
+    drawing, axis = Mock(), Mock()
+    drawing.subplots.return_value = Mock(), axis
+    monkeypatch.setitem(sys.modules, "matplotlib", Mock(pyplot=drawing))
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", drawing)
+    monkeypatch.setattr(sys, "argv", ["plots.py", "curve"])
+    runpy.run_path(str(HERE / ".github/plots.py"))
+    curves = {call.kwargs["label"]: call.args[:2] for call in axis.plot.call_args_list}
+    assert curves["bag of 16, linear probe"] == ((999_680, 7_997_440), (78.9, 84.5))
+    assert len(curves["the earlier PatchNet, kNN, whitened"][0]) > 5
 
 
 # --------------------------------------------------- Bad input: one sentence, exit code 2, nothing overwritten

@@ -7,8 +7,8 @@
     python .github/benchmark.py scale --preset imagenet --processes 1 8 64 512   # a step on many GPUs, simulated
 
 `ratios` needs no data and runs on the CPU: the images are noise; patches, network and loss are those of the preset
-cifar10-cpu. `profile` and `scale` take any flag of bagssl.py. Nothing is trained, and nothing is written but the cache
-of decoded images. `scale` needs no data and no GPU: one process of many runs a step on tensors that have a shape and
+cifar10-cpu. `profile` and `scale` take any flag of bagssl.py. Nothing is trained, and nothing is written but decoded or
+downloaded images. `scale` needs no data and no GPU: one process of many runs a step on tensors that have a shape and
 no content, and its operations, memory and communication are counted.
 """
 
@@ -59,7 +59,7 @@ def timed(name, times, device=CPU):
 def peak_memory(device):
     """The most memory used so far, in GB: allocated on the GPU, or else held by this process; nan if not known.
 
-    The latter is read from Linux's /proc, since getrusage may count the parent process too.
+    A process's memory is read from Linux's /proc, since getrusage may count the parent process too.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -140,10 +140,7 @@ def profile(flags, warm_up=3, rounds=20):
     for step in range(warm_up + rounds):
         if step == warm_up:
             times.clear()
-        reader = bagssl.batches(images, labels, config, mine, device, step, sys.maxsize)  # new: nothing is read ahead
-        with part("load"):
-            _, batch, _ = next(reader)
-        reader.close()  # waits for its thread, which has begun to read the next batch
+        batch = next(reading_ahead)[1]
         with part("crop + augment"):
             x = make_input(batch, step, config, views)
         train_step(x, encoder_in_parts, optimizer, config, part)
@@ -190,8 +187,8 @@ def profile(flags, warm_up=3, rounds=20):
 class Communication(TorchDispatchMode):
     """Counts the collective operations of the block: [calls, bytes] of each kind.
 
-    The bytes are those of the whole: of the rows gathered from all, of the tensor summed, and of what is summed and
-    then scattered.
+    Bytes are counted over the rows of all processes: what a gather returns, the tensor that a sum or a reduce-scatter
+    adds up.
     """
 
     KINDS = {"_allgather_base_": "gather", "allreduce_": "sum", "_reduce_scatter_base_": "scatter"}
@@ -212,7 +209,7 @@ class Communication(TorchDispatchMode):
 def count_step(config, processes, bucket=25 * 2 ** 20):
     """TFLOP, peak GB, and [calls, bytes] of each kind of communication of one process in a step of `processes`.
 
-    Simulated, on tensors without content. So that it shows what a GPU would need, the network is in bfloat16.
+    Simulated, on tensors without content, with the network in bfloat16, as on a GPU.
     DistributedDataParallel cannot be simulated: its sum of the gradients is done here by hand.
     """
     if processes > 1:
@@ -266,6 +263,8 @@ def scale(flags):
     add("--gb-within", type=float, default=150, help="GB/s that a process sends within its node")
     add("--gb-between", type=float, default=25, help="GB/s that a process sends to other nodes")
     ours, flags = parser.parse_known_args(flags)
+    if min(*ours.processes, ours.tflops, ours.per_node, ours.gb_within, ours.gb_between) <= 0:
+        parser.error("--processes, --tflops, --per-node, --gb-within and --gb-between must be above 0")
     config = bagssl.parse_config(flags)
     print(f"{config.arch}, projector {' '.join(map(str, config.projector))}, B = {config.batch_size}, "
           f"V = {config.num_patches}; {ours.tflops:g} TFLOP/s, {ours.gb_within:g} and {ours.gb_between:g} GB/s\n"
@@ -394,7 +393,7 @@ def compare_training(images):
     plain, resnet, patchnet = (bagssl.Encoder(arch, 1, CONFIG.projector)
                                for arch in ("resnet18", "resnet18", "patchnet"))
     batches = loader(images, transforms.RandomResizedCrop(32, scale=(0.25, 0.25), ratio=(1, 1)))
-    float32 = torch.autocast("cpu", enabled=False)(plain)  # else bfloat16 on CPUs that have it, as ours is
+    float32 = torch.autocast("cpu", enabled=False)(plain)  # else in bfloat16 on CPUs that have it
 
     def train(model, encoder, inputs):
         optimizer = make_optimizer(encoder, CONFIG)
@@ -448,7 +447,7 @@ def time_decoding(count=512):
 
 
 def ratios():
-    """Print all comparisons. The sides of each run in turn, so that both see the same machine."""
+    """Print all comparisons. In each the candidates take turns, so that all see the same machine."""
     print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {torch.get_num_threads()} threads, "
           f"{torch.backends.cpu.get_cpu_capability()}, {'bfloat16' if bagssl.has_bf16(CPU) else 'float32'}", flush=True)
     noise = torch.randint(256, (1024, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

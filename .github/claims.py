@@ -6,7 +6,7 @@
     python .github/claims.py cooccurrence --checkpoint runs/demo/checkpoint.pt
 
 parts: is the embedding of a whole image close to the mean embedding of its patches? locality: what do
-h and z know of a patch? This also draws RUN/neighbours.png. cooccurrence: are parts that occur together
+h and z know of a patch? It also draws RUN/neighbours.png. cooccurrence: are parts that occur together
 close in z? Each adds a line to RUN/eval.jsonl. All run in one process, and use no training images; only
 parts takes --patches, and cooccurrence has images and patches of its own.
 """
@@ -30,7 +30,7 @@ from bagssl import BagOfPatches, UserError
 
 
 def cosine_to_parts(whole, bag, labels):
-    """Mean cosine between whole-image embeddings and bags of patches: of the same image, and of two controls.
+    """Mean cosine between whole-image embeddings and bags of the same image, of its class, and of other classes.
 
     whole, bag: (N, D) on the CPU, each centred here by its mean over the images. labels: int64 (N,).
     Returns {"same image", "same class", "other class"}. For the controls, each image is compared with all
@@ -93,8 +93,8 @@ def embed_patches(encoder, patches, block=512):
 def ridge_r2(train, train_targets, test, test_targets, strengths=(1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)):
     """R^2 of a ridge regression for each target: features (N, D) and (M, D), targets (N, T) and (M, T). Returns (T,).
 
-    Each target has its own strength, in units of the number of rows: that of the least leave-one-out error, whose
-    closed form needs no refitting. The strongest predict the mean, so that useless features are not overfitted.
+    Each target has its own strength, in units of the number of rows: the one with the least leave-one-out error, which
+    has a closed form. At the largest strengths the prediction is the mean, so useless features do no harm.
     """
     mean, std = train.double().mean(0), train.double().std(0).clamp(min=1e-6)
     train, test = ((x.double() - mean) / std for x in (train, test))
@@ -151,18 +151,15 @@ def draw_neighbours(path, encoder, images, scale, size, queries=10, count=8, mos
     patches = bagssl.grid_patches(images, 4, scale, size).flatten(0, 1)  # (16 N, 3, s, s)
     chosen = torch.randperm(len(patches), generator=generator)[:queries].tolist()
     rows = [[] for _ in chosen]
-
-    def framed(patch, colour):
-        return torch.stack([F.pad(channel, (1, 1, 1, 1), value=value) for channel, value in zip(patch, colour)])
-
     for vectors in embed_patches(encoder, patches):
         vectors = F.normalize(vectors - vectors.mean(0))
         for query, row in zip(chosen, rows):
             cosine, patch = (vectors @ vectors[query]).unflatten(0, (-1, 16)).max(1)  # (N,), the best of each image
             cosine[query // 16] = -1
             nearest = cosine.topk(count).indices
-            row.append(framed(patches[query], (230, 0, 0)))
-            row += [framed(found, (255, 255, 255)) for found in patches[16 * nearest + patch[nearest]]]
+            row.append(torch.stack([F.pad(channel, (1, 1, 1, 1), value=value)
+                                    for channel, value in zip(patches[query], (230, 0, 0))]))
+            row += F.pad(patches[16 * nearest + patch[nearest]], (1, 1, 1, 1), value=255)
     grid = torchvision.utils.make_grid(torch.cat([torch.stack(row) for row in rows]), nrow=2 * (count + 1), padding=1,
                                        pad_value=255)
     zoom = max(1, 64 // patches.shape[-1])
@@ -191,21 +188,20 @@ def show_locality(arguments, trained, untrained, config):
 
 
 # --------------------------------------------------------------------------------------------------
-# Inner products in z tell what occurs together (the paper's section 3), where the truth is known: in
-# the demo
+# Inner products in z tell what occurs together (the paper's section 3): checked in the demo, where
+# the truth is known
 
 
 def part_similarity(encoder, image_size, seed=0, count=400, size=None):
     """Correlation, over pairs of different types of part, of their learned similarity with the true one.
 
     Learned: the inner product of the types' mean projections z, centred. True: the density ratio that the paper's
-    L_C fits, p(a, b) / (p(a) p(b)).
-    The parts are the cells of `count` images of their own, resized to `size` if given.
+    L_C fits, p(a, b) / (p(a) p(b)). The parts are the cells of `count` new images, resized to `size` if given.
     """
     world = torch.from_numpy(bagssl.demo_probabilities())  # p(part | class), (10, 24)
     joint, marginal = world.T @ world / len(world), world.mean(0)
     truth = joint / (marginal[:, None] * marginal)
-    images, _, parts = bagssl.demo_images(count, image_size, (seed, len(bagssl.DEMO_COUNTS)))  # no split's seed
+    images, _, parts = bagssl.demo_images(count, image_size, (seed, len(bagssl.DEMO_COUNTS)))  # a new seed
     cells = bagssl.grid_patches(torch.from_numpy(images), bagssl.DEMO_CELLS, bagssl.DEMO_CELLS ** -2, size)
     z, parts = embed_patches(encoder, cells.flatten(0, 1))[1], torch.from_numpy(parts).flatten()
     means = torch.stack([z[parts == part].mean(0) for part in range(len(marginal))])

@@ -7,10 +7,11 @@
     python .github/plots.py curve
 
 accuracy.png: linear probe against the number of patches in the bag. cosine.png: cosine between the whole image's
-embedding and the bag's. A panel for each data set, a colour for each run. curve.png: the table of RESULTS.md's section
-"The number of patches", beside published figures.
+embedding and the bag's. A panel for each data set, a colour for each kind of training. curve.png: the first two tables
+of RESULTS.md's section "The number of patches", beside published figures.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -46,22 +47,28 @@ def plot_cosine(axis, training, tables, colour):
 
 
 def draw(name, show, plot, label, runs):
-    """One picture, with a panel for each data set: from each run's tables the longest, of equal ones the last.
+    """One picture, with a panel for each data set. Each run's longest table is drawn, the newest of equally long ones.
 
-    A whole image's accuracy is the best of all tables: that of the image with all its pixels, not shrunk.
+    A whole image's accuracy is the best of all tables of the same images: with all its pixels, not shrunk.
     """
     panels = {}
     for run in runs:
         config = json.loads((run / "log.jsonl").read_text().splitlines()[0])["config"]
         tables = [json.loads(line) for line in reversed((run / "eval.jsonl").read_text().splitlines())]
-        tables = [table["results"] for table in tables if table["show"] == show]
-        if tables:
-            training = "multi-scale" if len(config["patch_scale"]) == 2 else "fixed scale"
-            panels.setdefault(Path(config["data"]).name or config["dataset"], []).append((training, tables))
+        tables = [table for table in tables if table["show"] == show]
+        if not tables:
+            continue
+        longest = max(tables, key=lambda table: len(table["results"]))
+        images = [name for name in ("data", "image_size", "train_images", "test_images") if name in longest]
+        tables = [table["results"] for table in tables if all(table[name] == longest[name] for name in images)]
+        training = "multi-scale" if len(config["patch_scale"]) == 2 else "fixed scale"
+        panels.setdefault(Path(config["data"]).name or config["dataset"], []).append((training, tables))
+    if not panels:
+        sys.exit(f"error: the runs' eval.jsonl have no {show} table; plots.py without arguments says what writes it")
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
     for axis, (dataset, lines) in zip(axes[0], panels.items()):
-        for i, (training, tables) in enumerate(lines):
-            plot(axis, training, tables, f"C{i}")
+        for training, tables in lines:
+            plot(axis, training, tables, "tab:orange" if training == "multi-scale" else "tab:blue")
         axis.set(title=dataset, xlabel="patches in the bag", ylabel=label, xscale="log", xticks=[1, 4, 16, 64],
                  xticklabels=["1", "4", "16", "64"])
         axis.minorticks_off()
@@ -76,8 +83,10 @@ def draw_curve():
     section = (HERE / "RESULTS.md").read_text().partition("### The number of patches")[2].partition("![")[0]
     columns = {"linear probe": "bag of 16", "kNN, whitened": "on whitened h", "kNN": "kNN, bag of 16"}
     figure, axis = plt.subplots(figsize=(7, 5))
-    for table, network, style in zip(section.split("| epochs |")[1:], ("bag of 16", "the earlier PatchNet"), ("o-", ".:")):
-        header, _, *rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if "|" in line]
+    kinds = ("bag of 16", "o-"), ("the earlier PatchNet", ".:")
+    for table, (network, style) in zip(section.split("| epochs |")[1:], kinds):
+        lines = itertools.takewhile(lambda line: "|" in line, table.splitlines())
+        header, _, *rows = [[cell.strip() for cell in line.split("|")] for line in lines]
         for (name, column), colour in zip(columns.items(), ("tab:blue", "tab:cyan", "tab:grey")):
             curve = {int(row[2].replace(",", "")): float(row[header.index(column) + 2])
                      for row in rows if row[header.index(column) + 2]}
@@ -96,6 +105,8 @@ def draw_curve():
 
 if sys.argv[1:] == ["curve"]:
     draw_curve()
+elif not sys.argv[1:]:
+    print(__doc__)
 else:
     runs = [Path(folder) for folder in sys.argv[1:]]
     draw("accuracy", "probe", plot_accuracy, "linear probe, % of test images right", runs)

@@ -5,8 +5,9 @@
     python .github/trials.py --try projector 1024,1024,1024 2048,2048,2048 --preset cifar10-cpu --epochs 3
 
 All flags but --try are bagssl.py's. A random tenth of the training images is held out; the encoder is trained on the
-others, and the probes are fitted to 10,000 of these. Test images are not read. Each combination keeps its run in a
-folder of OUT (default: runs/trials), so that the same command continues an interrupted table.
+others, and the probes are fitted to 10,000 of these. Test images are not read, nor those without labels. Each
+combination keeps its run in a folder of OUT (default: runs/trials), so that the same command continues an interrupted
+table.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -34,7 +36,7 @@ def hold_out(images, labels):
 
 
 def trial(config, device, kept, held):
-    """Train and probe with one config: the cells of its row, in the order of the table's last columns."""
+    """Train and probe with one config. Returns the last four cells of its row."""
     bagssl.training_images = lambda *_: (kept[0], None)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
@@ -43,7 +45,8 @@ def trial(config, device, kept, held):
         return ["diverged", "", "", ""]
     out = Path(config.out)
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
-    cells = [f"{100 * sum(step['clipped'] for step in steps) / len(steps):.0f}"]
+    counts = np.diff([0, *(step["step"] for step in steps)])  # the last may have fewer steps
+    cells = [f"{100 * np.average([step['clipped'] for step in steps], weights=counts):.0f}"]
     encoder, _ = bagssl.load_encoder(out / "checkpoint.pt")
     scale = (config.patch_scale[0] + config.patch_scale[-1]) / 2
     for side in (1, 4):
@@ -58,7 +61,7 @@ def main():
     parser = bagssl.Parser(description=__doc__, allow_abbrev=False,
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--try", nargs="+", action="append", required=True, dest="settings",
-                        metavar=("FLAG", "VALUE"), help="a flag of bagssl.py and its values; commas within a value")
+                        metavar=("FLAG", "VALUE"), help="a flag of bagssl.py and its values, such as 0.1 or 64,64,64")
     arguments, flags = parser.parse_known_args()
     names = [name for name, *_ in arguments.settings]
     combinations = list(itertools.product(*(values for _, *values in arguments.settings)))
@@ -66,9 +69,11 @@ def main():
     for values in combinations:  # all of them, before the first is trained
         given = [word for name, value in zip(names, values) for word in (f"--{name}", *value.split(","))]
         config = bagssl.parse_config(["--out", "runs/trials", *flags, *given])
-        bagssl.check_config(config, bagssl.WORLD_SIZE)
-        config.out += "/" + "-".join(f"{name}={value}" for name, value in zip(names, values))
+        bagssl.check_config(config, processes=1)
+        config.out += f"/{config.epochs}-epochs" + "".join(f"-{name}={value}" for name, value in zip(names, values))
         configs.append(config)
+    if not configs or bagssl.WORLD_SIZE > 1:
+        parser.error("--try takes a flag and its values, and trials run in one process")
 
     c = configs[0]
     if any((other.dataset, other.data, other.image_size, other.device) != (c.dataset, c.data, c.image_size, c.device)
@@ -76,6 +81,8 @@ def main():
         raise bagssl.UserError("all combinations share the images and the device: --try cannot vary these")
     device = bagssl.start_process(c.device)
     kept, held = hold_out(*bagssl.load_images(c.dataset, c.data, "train", c.image_size, c.cache, c.seed))
+    if max(config.batch_size for config in configs) > len(kept[0]):
+        raise bagssl.UserError(f"{len(kept[0])} training images are fewer than a batch; give a smaller --batch-size")
     print("|", " | ".join([*names, "clipped, %", "one patch", "bag of 16", "kNN, bag of 16"]), "|")
     print("|" + "---|" * (len(names) + 4))
     for values, config in zip(combinations, configs):
