@@ -939,11 +939,14 @@ class Run:
             if before != steps // config.epochs:
                 raise UserError(f"{self.out} holds a run of {before:,} steps per epoch, not "
                                 f"{steps // config.epochs:,}: the number of images has changed; give another --out")
-            try:
-                for name in self.state.keys() & checkpoint.keys():
-                    self.state[name].load_state_dict(checkpoint.pop(name))  # and free its memory
-            except RuntimeError as error:  # from the probe, as `load_checkpoint` has loaded the rest
-                raise UserError(f"{self.out} holds a run on another number of classes; give another --out") from error
+            for name in self.state.keys() & checkpoint.keys():
+                try:
+                    self.state[name].load_state_dict(checkpoint.pop(name))  # popped, so that its memory is freed
+                except RuntimeError as error:
+                    if name != "probe":
+                        raise
+                    raise UserError(f"{self.out} holds a run on another number of classes; give another "
+                                    f"--out") from error
             if RANK == 0 and log.exists():  # drop steps that run again, a torn line, the old config
                 lines += [line for line in log.read_text().splitlines(keepends=True)
                           if line.endswith("}\n") and 0 < json.loads(line)["step"] <= self.start]
@@ -1192,11 +1195,11 @@ def run_cli(main):
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that `finally` clauses run
     try:
         main()
-        if dist.is_initialized():  # not after an error, as NCCL would wait for the other processes
+        if dist.is_initialized():  # not after an error or a signal, as NCCL would wait for the other processes
             dist.destroy_process_group()
     except (UserError, FloatingPointError, OSError, RuntimeError, MemoryError) as error:
         if LOCAL_RANK > 0:
-            time.sleep(5)  # the first process's error is the one to be read: when it ends, torchrun ends this one
+            time.sleep(5)  # let the first process print its error alone: once that process ends, torchrun ends this one
         sentence, _, _ = str(error).partition("\n")
         if isinstance(error, MemoryError) or (
                 isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", str(error))):

@@ -201,7 +201,7 @@ def part_similarity(encoder, image_size, seed=0, count=400, size=None):
     world = torch.from_numpy(bagssl.demo_probabilities())  # p(part | class), (10, 24)
     joint, marginal = world.T @ world / len(world), world.mean(0)
     truth = joint / (marginal[:, None] * marginal)
-    images, _, parts = bagssl.demo_images(count, image_size, (seed, len(bagssl.DEMO_COUNTS)))  # a new seed
+    images, _, parts = bagssl.demo_images(count, image_size, (seed, len(bagssl.DEMO_COUNTS)))  # no split's seed
     cells = bagssl.grid_patches(torch.from_numpy(images), bagssl.DEMO_CELLS, bagssl.DEMO_CELLS ** -2, size)
     z, parts = embed_patches(encoder, cells.flatten(0, 1))[1], torch.from_numpy(parts).flatten()
     means = torch.stack([z[parts == part].mean(0) for part in range(len(marginal))])

@@ -5,7 +5,7 @@
     python .github/trials.py --try projector 1024,1024,1024 2048,2048,2048 --preset cifar10-cpu --epochs 3
 
 All flags but --try are bagssl.py's. A random tenth of the training images is held out; the encoder is trained on the
-others, and the probes are fitted to 10,000 of these. Test images are not read, nor those without labels. Each
+others, and the probes are fitted to 10,000 of these. Neither test images nor images without labels are read. Each
 combination keeps its run in a folder of OUT (default: runs/trials), so that the same command continues an interrupted
 table.
 """
@@ -45,7 +45,7 @@ def trial(config, device, kept, held):
         return ["diverged", "", "", ""]
     out = Path(config.out)
     steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()[1:]]
-    counts = np.diff([0, *(step["step"] for step in steps)])  # the last may have fewer steps
+    counts = np.diff([0, *(step["step"] for step in steps)])  # steps per line of the log
     cells = [f"{100 * np.average([step['clipped'] for step in steps], weights=counts):.0f}"]
     encoder, _ = bagssl.load_encoder(out / "checkpoint.pt")
     scale = (config.patch_scale[0] + config.patch_scale[-1]) / 2
