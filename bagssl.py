@@ -91,8 +91,8 @@ class Config:
 CIFAR = dict(batch_size=64, projector=(1024, 1024, 1024), inv_weight=10.0)
 
 PRESETS = {
-    # Two patches of an image share little but its class, one of ten: few dimensions of z suffice. Their projections
-    # cannot agree closely, so the invariance term stays large, and the covariance's weight is large, too.
+    # Two patches of an image share little but its class, one of ten, so few dimensions of z suffice. Their projections
+    # cannot agree closely: the invariance term stays large, and cov_weight is raised to match.
     "demo": dict(dataset="demo", image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
     "cifar10-cpu": dict(CIFAR, dataset="cifar10", epochs=40),
@@ -313,7 +313,7 @@ class PatchNet(nn.Module):
 
     def forward(self, x):
         maps = self.layers(self.whiten(x).relu())
-        mean = maps.sum((2, 3)) / maps[0, 0].numel()  # .mean's backward pass would write a whole map
+        mean = maps.sum((2, 3)) / maps[0, 0].numel()  # .mean's gradient would fill a whole map
         return torch.cat([mean, self.last(mean)], 1)
 
 
@@ -384,15 +384,15 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
         # The mean over pairs of |zi - zj|^2 is 2 / (V - 1) times the sum over patches of |zv - mean z|^2.
-        inv = 2 / (V - 1) * (z - z.mean(1, keepdim=True)).square().sum() / (B * D)
+        inv = 2 / (V - 1) * (z - z.mean(1, keepdim=True)).square().sum() / (B * D)  # Tensor.var is slower
         # Each patch is in equally many pairs: the mean of hinges and covariances over pairs equals that over patches.
         z = (z - z.mean(0)).transpose(0, 1)  # (V, B, D), each dimension centred over the batch
         variance = z.square().sum(1) / (B - 1)  # (V, D)
         var = (1 - (variance + eps).sqrt()).relu().mean()
         # All squared covariances sum to ||Z^T Z||_F^2 / (B - 1)^2, and ||Z^T Z||_F = ||Z Z^T||_F: take the smaller.
-        z = z if B < D else z.mT
-        part = slice(rank * z.shape[1] // world_size, (rank + 1) * z.shape[1] // world_size)
-        squares = world_size * (z[:, part] @ z.mT).square().sum() / (B - 1) ** 2
+        rows = z if B < D else z.mT  # (V, min(B, D), max(B, D))
+        part = slice(rank * rows.shape[1] // world_size, (rank + 1) * rows.shape[1] // world_size)
+        squares = world_size * (rows[:, part] @ rows.mT).square().sum() / (B - 1) ** 2
         cov = 2 * (squares - variance.square().sum()) / (V * D)  # 2: a pair adds cov(zi) and cov(zj)
         loss = inv_weight * inv + var_weight * var + cov_weight * cov
     return loss, {"inv": inv.detach(), "var": var.detach(), "cov": cov.detach()}
@@ -401,7 +401,7 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, r
 # ----------------------------------------------------------------------------------------------------------------------
 # Bag of patches
 #
-# A patch's embedding tells which patches that patch occurs with. The paper finds that the mean over an image's
+# A patch's embedding tells which other patches tend to share its image. The paper finds that the mean over an image's
 # patches, which ignores where they are, represents the image as well as an embedding of the whole does, or better.
 
 
@@ -484,7 +484,7 @@ def train(config, device):
             loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
                                       rank=RANK, world_size=WORLD_SIZE)
             optimizer.zero_grad()
-            loss.backward()  # `gather` sums the gradients of WORLD_SIZE equal losses, and DDP's average undoes that
+            loss.backward()  # `gather` sums the gradients of all processes' losses, and DDP takes their average
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)  # the norm before clipping
             warmup = min(1, (step + 1) / (config.warmup * steps + 1))
             for group in optimizer.param_groups:
@@ -505,7 +505,7 @@ def train(config, device):
 # Images
 #
 # Whatever the source, images arrive as one uint8 tensor (N, 3, S, S): decoded once, not once per epoch, and kept on the
-# GPU if they fit.
+# GPU if they take less than half of its free memory.
 
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "stl10": "STL10", "fashionmnist": "FashionMNIST"}
 
@@ -571,7 +571,7 @@ def load_folder(folder, split, size, cache=""):
     if not folder.is_dir():
         return None
     train, test = folder / "train", folder / ("val" if (folder / "val").is_dir() else "test")
-    chosen = folder if not train.is_dir() else test if split == "test" else train
+    chosen = (test if split == "test" else train) if train.is_dir() else folder
     found = torchvision.datasets.folder.make_dataset(  # {".": 0}: all of it, at any depth
         str(chosen), {".": 0}, torchvision.datasets.folder.IMG_EXTENSIONS, allow_empty=True)
     names = sorted(os.path.relpath(path, chosen) for path, _ in found)
@@ -635,7 +635,7 @@ def decode_folder(folder, names, size, cache):
                 raise UserError(f"{len(broken)} of {len(names)} images in {folder} cannot be used: "
                                 f"{', '.join(sorted(broken))}; remove or replace them")
             pixels.flush()
-            if not path.exists():  # else another node was faster, and its file may be in use
+            if not path.exists():  # otherwise another node was faster, and its file may be in use
                 unfinished.rename(path)
     except OSError as error:
         raise UserError(f"cannot write decoded images to {cache} ({error}); give another --cache") from error
@@ -646,7 +646,7 @@ def decode_folder(folder, names, size, cache):
 
 
 def training_images(config, device):
-    """The images to pretrain on, on the GPU if they fit, and their labels, None unless every image has one."""
+    """The images to pretrain on, on the GPU if they fit; and their labels, or None unless every image has one."""
     images, labels = load_images(config.dataset, config.data, "pretrain", config.image_size, config.cache, config.seed)
     if len(images) < config.batch_size:
         raise UserError(f"{len(images)} images are fewer than one batch of {config.batch_size}; give more images or a "
@@ -674,12 +674,12 @@ def batches(images, labels, config, rows, device, start, steps):
                       indices.chunk(parts), chosen.chunk(parts)))
         return chosen.to(device, non_blocking=to_gpu), None if labels is None else labels[indices].to(device)
 
-    def prepare():  # each thread
-        # Else each would start OpenMP threads. With more threads than cores, training's threads sleep while they wait
-        # for each other instead of spinning, and a step on two cores takes a tenth longer.
+    def prepare():  # runs once in each thread
+        # Otherwise each thread would start OpenMP threads of its own. With more threads than cores, training's threads
+        # sleep instead of spinning while they wait for each other, and a step on two cores takes a tenth longer.
         torch.set_num_threads(1)
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # else a thread would pin memory through GPU 0
+            torch.cuda.set_device(device)  # otherwise a thread would pin memory through GPU 0
 
     with ThreadPoolExecutor(17, initializer=prepare) as pool:  # one that reads ahead, and the 16 that it waits for
         ahead = pool.submit(read, start)
@@ -788,7 +788,7 @@ def gather(x):
 class BatchNorm(nn.BatchNorm2d):
     """nn.BatchNorm1d or 2d with statistics over the batches of all processes, which must be equally large.
 
-    Torch's SyncBatchNorm has no CPU version, waits for the GPU in every layer, and there breaks a compiled graph.
+    Torch's SyncBatchNorm has no CPU version, waits for the GPU in every layer, and breaks a compiled graph there.
     """
 
     def _check_input_dim(self, x):
@@ -823,8 +823,8 @@ class NormalizeBatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, mean, var, weight = ctx.saved_tensors
-        x_gradient, *totals = torch.ops.aten.native_batch_norm_backward(  # False: mean and var are constants
-            gradient, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True])
+        x_gradient, *totals = torch.ops.aten.native_batch_norm_backward(
+            gradient, x, weight, mean, var, None, None, False, ctx.eps, [True, True, True])  # False: constant mean, var
         sums = torch.stack(totals)  # of gradient * (x - mean) / sqrt(var + eps), and of gradient
         dist.all_reduce(sums)
         # With n = (x - mean) / sqrt(var + eps), the gradient of x is weight / sqrt(var + eps) times
@@ -878,7 +878,7 @@ def has_bf16(device):
     """Whether the device multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Intel's CPUs need AMX for that, which virtual machines may hide: bfloat16 by AVX-512 is half as fast as float32.
+    # On Intel's CPUs that takes AMX, which a virtual machine may hide; by AVX-512 alone, bfloat16 is half as fast.
     cpu = torch.cpu.get_capabilities()
     feature = "amx_bf16" if "Intel" in cpu.get("cpu_name", "") else "avx512_bf16"
     return device.type == "cpu" and cpu.get(feature, False)
@@ -898,7 +898,7 @@ def generator_for(seed, purpose, index):
 # ----------------------------------------------------------------------------------------------------------------------
 # The run: its folder (log.jsonl, checkpoint.pt, backbone.pt), what it prints, how it ends
 
-LOG_EVERY = 10  # steps; in between nothing waits for the device
+LOG_EVERY = 10  # steps; in between, a compiled step does not wait for the device
 
 
 class OnlineProbe(nn.Module):
@@ -1010,7 +1010,7 @@ class Run:
         entry = {"step": done, **means, "lr": self.optimizer.param_groups[0]["lr"]}
         if self.progress.due(last=done == self.steps):
             seconds = (time.monotonic() - self.begun) / (done - self.start)  # per step
-            effective = effective_rank(h)
+            effective = effective_rank(h)  # of this process's patches
             rate = self.config.batch_size * self.config.num_patches / seconds
             left = timedelta(seconds=round(seconds * (self.steps - done)))
             entry |= {"effective_rank": effective, "patches_per_s": rate}
@@ -1034,7 +1034,7 @@ class Run:
         self.saved = time.monotonic()
 
     def save(self, name, content):
-        """Write a file on the first process. The others wait: if one exited before, torchrun might end the writer."""
+        """Write a file on the first process. The others wait: if one exited first, torchrun might end the writer."""
         if RANK == 0:
             save_atomically(self.out / name, content)
         if WORLD_SIZE > 1:
@@ -1046,7 +1046,8 @@ class Run:
         self.save_checkpoint(self.steps)
         if RANK == 0:
             took = timedelta(seconds=round(time.monotonic() - self.begun))
-            print(f"trained for {took}; saved {self.out}/checkpoint.pt and {self.out}/backbone.pt\n"
+            since = f" since step {self.start:,}" if self.start else ""
+            print(f"trained for {took}{since}; saved {self.out}/checkpoint.pt and {self.out}/backbone.pt\n"
                   f"probe it: python eval_linear.py --checkpoint {self.out}/checkpoint.pt")
 
 
@@ -1076,7 +1077,7 @@ def find_checkpoint(config):
     out, found = Path(config.out), [None]
     if RANK == 0 and (out / "checkpoint.pt").exists():
         found = [load_checkpoint(out / "checkpoint.pt")[0]]
-        # Settings that do not change what is trained may differ, and the epochs may grow.
+        # Settings that cannot change what is trained may differ, and the epochs may grow.
         changed = [f"{name} was {value}, is {getattr(config, name)}" for name, value in found[0]["config"].items()
                    if name not in ("preset", "out", "cache", "device", "compile", "save_every")
                    and value != getattr(config, name) and not (name == "epochs" and value < config.epochs)]
@@ -1159,7 +1160,7 @@ def parse_config(argv=None):
                             help=comments[name].replace("%", "%%") + (f" [{default}]" if default else ""))
     given = vars(parser.parse_args(argv))
     cuda = torch.cuda.is_available() and given.get("device", "cuda").startswith("cuda")
-    # The demo is the default if --dataset names it, or without CUDA, --data and --dataset.
+    # The demo is the default if --dataset names it, or if there is no CUDA, no --data and no --dataset.
     demo = given.get("dataset") == "demo" or not (cuda or given.keys() & {"data", "dataset"})
     preset = given.get("preset", "demo" if demo else "cifar10" if cuda else "cifar10-cpu")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -1169,7 +1170,7 @@ def parse_config(argv=None):
 def check_config(c, processes):
     """Raise UserError at the first invalid setting."""
     most = 2 ** 31
-    limits = {"image_size": (1, 4096), "patch_size": (0, 1024), "patch_scale": (1e-6, 1), "warmup": (0, 1),
+    limits = {"image_size": (3, 4096), "patch_size": (0, 1024), "patch_scale": (1e-6, 1), "warmup": (0, 1),
               "clip": (1e-6, most), "projector": (1, most), "num_patches": (2, most), "batch_size": (2, most),
               "epochs": (1, most)}
     for name, value in vars(c).items():

@@ -12,7 +12,7 @@
 
 For each n, and for the whole image in one forward pass, it reports the accuracy of a linear probe (softmax regression
 on frozen, standardised features) and of a weighted kNN classifier on plain and on whitened features. Two controls need
-no training: raw pixels, and the same network untrained, with the bag nearest to 16 patches. The results are added to
+no training: raw pixels, and the same network untrained, with the bag size nearest to 16. The results are added to
 eval.jsonl beside the checkpoint. The probe's weight decay is chosen on a held-out tenth of the training images; test
 images serve only for the accuracies reported.
 """
@@ -46,10 +46,10 @@ def raw_pixels(images):
 def embed(embedder, images, device, name="", block=256):
     """Embed uint8 images (N, 3, H, W), a block at a time: float32 (N, D), on the CPU.
 
-    embedder: (B, 3, H, W) -> (B, D), on `device`. name: for lines of progress; without it there are none. Under
-    torchrun each process embeds a part; rank 0 returns all features, the others None.
+    embedder: (B, 3, H, W) -> (B, D), on `device`. name: for progress lines; if empty, none are printed. Under torchrun
+    each process embeds a part; rank 0 returns all features, the others None.
     """
-    count = math.ceil(len(images) / WORLD_SIZE)  # equal parts, as gather needs: the last image fills them up
+    count = math.ceil(len(images) / WORLD_SIZE)  # gather needs equal parts: the last image is repeated to fill them
     mine = torch.arange(RANK * count, (RANK + 1) * count).clamp(max=len(images) - 1)
     features, progress = [], bagssl.Progress()
     for rows in mine.split(block):
@@ -76,8 +76,8 @@ def fit_linear(features, labels, classes, decays, iterations=100, block=8192):
     labels: int64 (N,). Returns (R, D + 1, classes) for R decays; the last row is the bias, not decayed.
     """
     decays = torch.tensor(decays, device=features.device)[:, None, None]
-    # Diagonal preconditioning: W = free * scale, and L-BFGS works on `free`. At W = 0 the Hessian's diagonal is about
-    # mean(x^2) / classes + decay for W, so about 1 for `free`.
+    # Diagonal preconditioning: W = free * scale, and L-BFGS varies `free`. At W = 0 the diagonal of the loss's Hessian
+    # is about mean(x^2) / classes + decay in W, hence about 1 in `free`.
     scale = (features.square().mean(0)[:, None] / classes + decays).rsqrt()  # (R, D, 1)
     scale = F.pad(scale, (0, 0, 0, 1), value=classes ** 0.5)  # the bias: mean(x^2) = 1, no decay
     free = torch.zeros(*scale.shape[:2], classes, device=features.device, requires_grad=True)
@@ -115,7 +115,8 @@ def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3
     if len(train) < 10:
         raise UserError(f"{len(train)} images are too few to fit a probe and choose its weight decay; give 10 or more")
     classes = int(train_labels.max()) + 1
-    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
+    mean, std = train.mean(0), train.std(0)
+    std = std.where(std > 1e-6, 1.0)  # a constant feature is only centred, as a test image's may differ
     train, test = (train - mean) / std, (test - mean) / std
     # On the CPU, as not every device has eigh; in float64, as float32 may not converge.
     axes = torch.linalg.eigh((train.T @ train).cpu().double()).eigenvectors.to(train)
@@ -124,7 +125,7 @@ def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3
     held, kept = order[:len(order) // 10], order[len(order) // 10:]
     weights = fit_linear(train[kept], train_labels[kept], classes, decays)
     accuracy = [top_k(train[held] @ weight[:-1] + weight[-1], train_labels[held], 1) for weight in weights]
-    best = decays[accuracy.index(max(accuracy))]  # on a tie the first, the strongest
+    best = decays[accuracy.index(max(accuracy))]  # the first, and so the strongest, of equals
     weight, = fit_linear(train, train_labels, classes, [best])
     scores = test @ weight[:-1] + weight[-1]
     ks = (1, 5) if classes > 10 else (1,)
@@ -134,8 +135,8 @@ def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3
 def whiten(train, test, epsilon=1e-3):
     """PCA-whiten train (N, D) and test (M, D) with the training set's mean and covariance.
 
-    epsilon times the largest variance is added to each: directions of little variance are amplified, but not without
-    limit.
+    epsilon times the largest variance is added to every variance, which limits how much directions of little variance
+    are amplified.
     """
     mean = train.mean(0)
     variances, axes = torch.linalg.eigh(torch.cov(train.T).cpu().double())  # as in `linear_probe`
@@ -148,7 +149,7 @@ def knn_probe(train, train_labels, test, test_labels, k=20, temperature=0.07, bl
     """Accuracy, in per cent, of a weighted kNN classifier (Wu et al., 2018, section 3.4).
 
     Each of the k nearest neighbours by cosine has a vote of weight exp(cosine / temperature). Features and
-    labels as for `linear_probe`, but not standardised.
+    labels as for `linear_probe`; the features are not standardised here.
     """
     classes, correct = int(train_labels.max()) + 1, 0
     train = F.normalize(train)
@@ -196,7 +197,7 @@ def load_published(path, arch):
             backbone.load_state_dict(dict(zip(ours, found)), strict=False)  # num_batches_tracked is missing
             if len(starts) > 1 and RANK == 0:
                 print(f"{path} holds {len(starts)} networks; taking the one that starts at {tensors[starts[0]][0]}, "
-                      f"not at {', '.join(tensors[i][0] for i in starts[1:])}")
+                      f"not at {', '.join(tensors[i][0] for i in starts[1:])}; to probe another, save it alone")
             return backbone.eval().to(memory_format=torch.channels_last), stride
     raise UserError(f"{path} holds no {arch}: the shapes of its {len(tensors)} tensors do not match; is --arch right?")
 
@@ -206,24 +207,25 @@ def load_model(arguments):
     if arguments.arch:
         trained = torch.nn.Module()  # stands in for an Encoder
         trained.backbone, stride = load_published(arguments.checkpoint, arguments.arch)
-        config = bagssl.Config(dataset="", arch=arguments.arch, stem_stride=stride, projector=(1, 1, 1))  # unused
+        # The projector is not used.
+        config = bagssl.Config(dataset="", arch=arguments.arch, stem_stride=stride, projector=(1, 1, 1))
     else:
         trained, config = bagssl.load_encoder(arguments.checkpoint)
     for name in ("data", "cache", "image_size", "patch_size"):
         if getattr(arguments, name) is not None:
             setattr(config, name, getattr(arguments, name))
     scale = config.patch_scale if arguments.patch_scale is None else (arguments.patch_scale,)
-    # On a copy: view_sizes needs the trained scale.
+    # A copy is checked with the given scale: view_sizes needs the trained one.
     bagssl.check_config(dataclasses.replace(config, patch_scale=scale), processes=1)
     torch.manual_seed(config.seed)
-    untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()  # a new BatchNorm: identity
+    untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()  # new BatchNorms are identities
     if config.arch == "patchnet":  # its whitening layer is computed, not learned: both have it
         untrained.backbone.whiten.load_state_dict(trained.backbone.whiten.state_dict())
     return trained, untrained.to(memory_format=torch.channels_last), config
 
 
 def view_sizes(config, arguments):
-    """The scale of patches, their size, and the size of the whole image; None: not resized.
+    """The scale of a patch, and the sides that patches and whole images are resized to; a side of None: not resized.
 
     If patches are resized, a network trained at one scale gets the whole image resized by the same factor;
     multi-scale and published networks get it at the size of a patch.
@@ -282,16 +284,18 @@ def load_split(config, arguments, split):
 
 
 def save_results(arguments, show, **table):
-    """Add a line to eval.jsonl beside the checkpoint, in place of the same table with fewer rows, if that is there.
+    """Add a line to eval.jsonl beside the checkpoint, in place of a line whose rows this table begins with, if any.
 
-    show: "probe", or a claim of claims.py. The last item of `table` must hold the rows.
+    show: "probe", or a claim of claims.py. The last item of `table` must hold the results: a list may grow between
+    calls.
     """
     path = Path(arguments.checkpoint).parent / "eval.jsonl"
     line = json.dumps({"show": show, "checkpoint": str(arguments.checkpoint), "torch": torch.__version__, **table})
     earlier = path.read_text().splitlines() if path.exists() else []
+    # Without its closing brackets, the line of a shorter table is a prefix of this one.
     kept = [other for other in earlier if not line.startswith(other.removesuffix("]}"))]
     bagssl.save_atomically(path, "\n".join([*kept, line, ""]).encode())
-    if len(kept) == len(earlier):  # only once per table
+    if len(kept) == len(earlier):  # only once for a table that grows
         print(f"added to {path}", flush=True)
 
 

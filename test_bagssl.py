@@ -1103,6 +1103,14 @@ def test_linear_probe_is_this_protocol():
         eval_linear.linear_probe(train[:9], labels[:9], test, labels)
 
 
+def test_features_that_never_vary_in_training_do_not_confuse_the_probe():
+    labels = torch.arange(60) % 3
+    train, test = (torch.randn(60, 99) + 2 * F.one_hot(labels, 3).repeat(1, 33) for _ in range(2))
+    grey = torch.full((60, 50), 0.1)  # raw pixels in the corners, say, where only test images differ
+    found = eval_linear.linear_probe(torch.cat([train, grey], 1), labels, torch.cat([test, grey + 0.5], 1), labels)
+    assert found["top1"] == 100
+
+
 def test_linear_fits_are_the_optima():
     x, y, decays = torch.randn(200, 5, dtype=torch.float64), torch.arange(200) % 3, [0.5, 0.02, 0.001]
     weights = eval_linear.fit_linear(x.float(), y, 3, decays, iterations=200, block=64).double().requires_grad_()
@@ -1444,7 +1452,7 @@ def test_trials_train_and_probe_without_the_images_held_out(tiny_run, tmp_path, 
     monkeypatch.setattr(eval_linear, "linear_probe", lambda *_: {"top1": 50.0})  # takes seconds
     assert run(*arguments, script=trials).stdout.count("| 50.0 | 50.0 |") == 2
     assert "fewer than a batch" in refused(*arguments, "--try", "batch-size", 8, 64, script=trials)
-    assert "--try takes a flag and its values" in refused(*arguments, "--try", "epochs", script=trials)
+    assert "--try takes a flag and one or more values" in refused(*arguments, "--try", "epochs", script=trials)
 
 
 def test_the_curve_is_drawn_from_the_tables(monkeypatch):
@@ -1472,7 +1480,7 @@ def test_the_curve_is_drawn_from_the_tables(monkeypatch):
     ("--inv-weight nan", "--inv-weight must be a number from 0 to 2147483648, not nan"),
     ("--clip 0", "--clip must be a number from 1e-06 to"), ("--num-patches 1", "--num-patches must be a number from 2"),
     ("--batch-size 1", "--batch-size must be a number from 2 to"), ("--image-size 81", "multiple of 5"),
-    ("--image-size 0", "--image-size must be a number from 1 to 4096, not 0"),
+    ("--image-size 0", "--image-size must be a number from 3 to 4096, not 0"),
     ("--patch-size 100000", "--patch-size must be a number from 0 to 1024, not 100000"),
     ("--patch-scale 1.5", "--patch-scale must be a number from 1e-06 to 1, not 1.5"),
     ("--patch-scale 0 1 --patch-size 16", "--patch-scale must be"), ("--patch-scale 0.2 0.8", "--patch-size"),

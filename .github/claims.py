@@ -5,10 +5,10 @@
     python .github/claims.py locality --checkpoint RUN/checkpoint.pt --test-images 3000
     python .github/claims.py cooccurrence --checkpoint runs/demo/checkpoint.pt
 
-parts: is the embedding of a whole image close to the mean embedding of its patches? locality: what do
-h and z know of a patch? It also draws RUN/neighbours.png. cooccurrence: are parts that occur together
-close in z? Each adds a line to RUN/eval.jsonl. All run in one process, and use no training images; only
-parts takes --patches, and cooccurrence has images and patches of its own.
+parts: is the embedding of a whole image close to the mean embedding of its patches? locality: what do the
+embedding h and the projection z know about a patch? It also draws RUN/neighbours.png. cooccurrence: are
+parts that occur together close in z? Each adds a line to RUN/eval.jsonl. All run in one process, and use no
+training images. Only parts uses --patches; cooccurrence has images and patches of its own.
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ def cosine_to_parts(whole, bag, labels):
     """Mean cosine between whole-image embeddings and bags of the same image, of its class, and of other classes.
 
     whole, bag: (N, D) on the CPU, each centred here by its mean over the images. labels: int64 (N,).
-    Returns {"same image", "same class", "other class"}. For the controls, each image is compared with all
-    others of its class, and with all of the other classes. An image that is alone in its class is left out
-    of "same class". Raises UserError unless there are two classes, and two images in one of them.
+    Returns {"same image", "same class", "other class"}. The last two are controls: each whole image is compared
+    with the bags of all others of its class, and of all other classes. An image that is alone in its class is
+    left out of "same class". Raises UserError unless there are two classes, and two images in one of them.
     """
     sizes = torch.bincount(labels)
     if sizes.max() < 2 or (sizes > 0).sum() < 2:
@@ -44,7 +44,7 @@ def cosine_to_parts(whole, bag, labels):
     whole, bag = (F.normalize(x - x.mean(0)) for x in (whole, bag))
     size = sizes[labels]  # (N,), of each image's class
     own = (whole * bag).sum(1)
-    of_class = (whole * torch.zeros(len(sizes), bag.shape[1]).index_add(0, labels, bag)[labels]).sum(1)  # own too
+    of_class = (whole * torch.zeros(len(sizes), bag.shape[1]).index_add(0, labels, bag)[labels]).sum(1)  # own included
     return {"same image": own.mean().item(),
             "same class": ((of_class - own) / (size - 1))[size > 1].mean().item(),
             "other class": ((whole @ bag.sum(0) - of_class) / (len(labels) - size)).mean().item()}
@@ -57,7 +57,7 @@ def show_parts(arguments, trained, untrained, config):
     results = []
 
     def embed(network, per_side, scale, size, name):
-        bag = BagOfPatches(network.backbone, per_side, scale, size)
+        bag = BagOfPatches(network.backbone, per_side, scale, size, chunk=64)  # as eval_linear.py does
         return eval_linear.embed(bag, images, next(network.parameters()).device, name)
 
     for prefix, network in (("", trained), ("untrained, ", untrained)):
@@ -93,25 +93,26 @@ def embed_patches(encoder, patches, block=512):
 def ridge_r2(train, train_targets, test, test_targets, strengths=(1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)):
     """R^2 of a ridge regression for each target: features (N, D) and (M, D), targets (N, T) and (M, T). Returns (T,).
 
-    Each target has its own strength, in units of the number of rows: the one with the least leave-one-out error, which
-    has a closed form. At the largest strengths the prediction is the mean, so useless features do no harm.
+    Each target gets the strength with the least leave-one-out error, which has a closed form; strengths are multiplied
+    by N. At the largest ones the prediction is nearly the mean, so useless features do no harm.
     """
     mean, std = train.double().mean(0), train.double().std(0).clamp(min=1e-6)
     train, test = ((x.double() - mean) / std for x in (train, test))
-    constant, targets, test_targets = train_targets.double().mean(0), train_targets.double(), test_targets.double()
+    constant = train_targets.double().mean(0)
+    targets, test_targets = train_targets - constant, test_targets - constant
     u, s, axes = torch.linalg.svd(train, full_matrices=False)
-    projected, errors, r2 = u.T @ (targets - constant), [], []
+    projected, errors, r2 = u.T @ targets, [], []
     for strength in strengths:
         shrink = (s.square() / (s.square() + strength * len(train)))[:, None]
         leverage = 1 / len(train) + u.square() @ shrink  # (N, 1)
-        errors.append(((targets - constant - u @ (shrink * projected)) / (1 - leverage)).square().mean(0))
+        errors.append(((targets - u @ (shrink * projected)) / (1 - leverage)).square().mean(0))
         weight = axes.T @ (shrink / s[:, None].clamp(min=1e-9) * projected)
-        r2.append(1 - (test_targets - constant - test @ weight).square().mean(0) / test_targets.var(0, correction=0))
+        r2.append(1 - (test_targets - test @ weight).square().mean(0) / test_targets.var(0, correction=0))
     return torch.stack(r2).gather(0, torch.stack(errors).argmin(0, keepdim=True))[0]
 
 
 def locality(encoder, images, labels, scale, size, seed=0):
-    """What h and z know of one patch, and of a bag of 16 patches all changed alike: {name: {factor: value}}.
+    """What h and z know about a patch, and about a bag of 16 with colours changed alike: {name: {factor: value}}.
 
     images: uint8 (N, 3, S, S); a random half of them to fit, the other half to test. Position, brightness,
     hue and saturation: R^2 of a ridge regression. Class: accuracy of a linear probe, in [0, 1].
@@ -133,7 +134,8 @@ def locality(encoder, images, labels, scale, size, seed=0):
                             for x in embed_patches(encoder, patches.flatten(0, 1))])
         factors = list(FACTORS) if name == "patch" else list(FACTORS)[2:]  # the grid's positions are fixed
         targets = u[:, 0, [FACTORS[factor] for factor in factors]]
-        for letter, x in zip("hz", map(torch.cat, zip(*vectors))):
+        h, z = (torch.cat(blocks) for blocks in zip(*vectors))
+        for letter, x in ("h", h), ("z", z):
             r2 = ridge_r2(x[:half], targets[:half], x[half:], targets[half:])
             probe = eval_linear.linear_probe(x[:half], labels[:half], x[half:], labels[half:], seed)
             results[f"{name}, {letter}"] = dict(zip(factors, r2.tolist())) | {"class": probe["top1"] / 100}
@@ -143,31 +145,29 @@ def locality(encoder, images, labels, scale, size, seed=0):
 def draw_neighbours(path, encoder, images, scale, size, queries=10, count=8, most=3000, seed=0):
     """Write a picture: in each row a patch, framed, and its nearest neighbours by cosine in h, then the same in z.
 
-    images: uint8 (N, 3, S, S), of which `most` are taken at random. Neighbours are sought among a 4 x 4 grid of
-    patches of each of the other images; of each image at most the nearest patch is shown.
+    images: uint8 (N, 3, S, S), at most `most` of which are taken, at random. Neighbours are sought among a 4 x 4 grid
+    of patches of each of the other images; of each image at most the nearest patch is shown.
     """
     generator = torch.Generator().manual_seed(seed)
     images = images[torch.randperm(len(images), generator=generator)[:most]]
-    patches = bagssl.grid_patches(images, 4, scale, size).flatten(0, 1)  # (16 N, 3, s, s)
+    patches = torch.cat([bagssl.grid_patches(some, 4, scale, size) for some in images.split(256)]).flatten(0, 1)
     chosen = torch.randperm(len(patches), generator=generator)[:queries].tolist()
     rows = [[] for _ in chosen]
     for vectors in embed_patches(encoder, patches):
         vectors = F.normalize(vectors - vectors.mean(0))
         for query, row in zip(chosen, rows):
             cosine, patch = (vectors @ vectors[query]).unflatten(0, (-1, 16)).max(1)  # (N,), the best of each image
-            cosine[query // 16] = -1
+            cosine[query // 16] = -1  # not its own image
             nearest = cosine.topk(count).indices
             row.append(torch.stack([F.pad(channel, (1, 1, 1, 1), value=value)
                                     for channel, value in zip(patches[query], (230, 0, 0))]))
             row += F.pad(patches[16 * nearest + patch[nearest]], (1, 1, 1, 1), value=255)
-    grid = torchvision.utils.make_grid(torch.cat([torch.stack(row) for row in rows]), nrow=2 * (count + 1), padding=1,
-                                       pad_value=255)
-    zoom = max(1, 64 // patches.shape[-1])
-    torchvision.utils.save_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2) / 255, path)
+    grid = torchvision.utils.make_grid(sum(rows, []), nrow=2 * (count + 1), padding=1, pad_value=255)
+    torchvision.utils.save_image(F.interpolate(grid[None] / 255, scale_factor=max(1, 64 // patches.shape[-1])), path)
 
 
 def show_locality(arguments, trained, untrained, config):
-    """Print what h and z know of a patch, and draw its neighbours in both."""
+    """Print what h and z know about a patch, and draw its neighbours in both."""
     if arguments.arch:
         raise UserError("locality compares h with the projection z, which this checkpoint lacks; give one of bagssl.py")
     scale, size, _ = eval_linear.view_sizes(config, arguments)
@@ -195,7 +195,7 @@ def show_locality(arguments, trained, untrained, config):
 def part_similarity(encoder, image_size, seed=0, count=400, size=None):
     """Correlation, over pairs of different types of part, of their learned similarity with the true one.
 
-    Learned: the inner product of the types' mean projections z, centred. True: the density ratio that the paper's
+    Learned: the inner product of the types' centred mean projections z. True: the density ratio that the paper's
     L_C fits, p(a, b) / (p(a) p(b)). The parts are the cells of `count` new images, resized to `size` if given.
     """
     world = torch.from_numpy(bagssl.demo_probabilities())  # p(part | class), (10, 24)
@@ -206,15 +206,15 @@ def part_similarity(encoder, image_size, seed=0, count=400, size=None):
     z, parts = embed_patches(encoder, cells.flatten(0, 1))[1], torch.from_numpy(parts).flatten()
     means = torch.stack([z[parts == part].mean(0) for part in range(len(marginal))])
     means = means - means.mean(0)
-    pairs = torch.triu(torch.ones(truth.shape), 1).bool()
+    pairs = torch.ones_like(truth, dtype=torch.bool).triu(1)
     return torch.corrcoef(torch.stack([(means @ means.T)[pairs].double(), truth[pairs]]))[0, 1].item()
 
 
 def show_cooccurrence(arguments, trained, untrained, config):
     """Print the correlation of learned and true similarity in the trained and in the untrained network."""
     if config.dataset != "demo" or config.data:
-        raise UserError(f"the true co-occurrence is known only in the demo, which {arguments.checkpoint} was "
-                        f"not trained on; give a checkpoint of --preset demo, and no --data")
+        raise UserError("the true co-occurrence is known only in the demo; give a checkpoint of --preset demo, and no "
+                        "--data")
     bagssl.check_config(dataclasses.replace(config, patch_scale=(bagssl.DEMO_CELLS ** -2,)), processes=1)
     results = {name: part_similarity(network, config.image_size, config.seed, size=config.patch_size or None)
                for name, network in (("trained", trained), ("untrained", untrained))}
@@ -235,6 +235,8 @@ def main():
     eval_linear.add_arguments(parser)
     arguments = parser.parse_args()
     eval_linear.check_arguments(arguments)
+    if bagssl.WORLD_SIZE > 1:
+        raise UserError("claims.py runs in one process; start it with python, not torchrun")
     trained, untrained, config = eval_linear.load_model(arguments)
     device = bagssl.start_process(arguments.device)
     table = CLAIMS[arguments.claim](arguments, trained.to(device), untrained.to(device), config)

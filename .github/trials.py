@@ -65,15 +65,18 @@ def main():
     arguments, flags = parser.parse_known_args()
     names = [name for name, *_ in arguments.settings]
     combinations = list(itertools.product(*(values for _, *values in arguments.settings)))
+    if not combinations:
+        parser.error("--try takes a flag and one or more values, such as --try lr 0.1 0.2")
+    if bagssl.WORLD_SIZE > 1:
+        raise bagssl.UserError("trials run in one process; start trials.py with python, not torchrun")
     configs = []
     for values in combinations:  # all of them, before the first is trained
         given = [word for name, value in zip(names, values) for word in (f"--{name}", *value.split(","))]
         config = bagssl.parse_config(["--out", "runs/trials", *flags, *given])
         bagssl.check_config(config, processes=1)
+        # The epochs are part of the name, as otherwise a longer trial would continue a shorter one.
         config.out += f"/{config.epochs}-epochs" + "".join(f"-{name}={value}" for name, value in zip(names, values))
         configs.append(config)
-    if not configs or bagssl.WORLD_SIZE > 1:
-        parser.error("--try takes a flag and its values, and trials run in one process")
 
     c = configs[0]
     if any((other.dataset, other.data, other.image_size, other.device) != (c.dataset, c.data, c.image_size, c.device)
