@@ -59,7 +59,7 @@ from torch import nn
 
 @dataclass
 class Config:
-    preset: str = ""  # see PRESETS; default: cifar10 with CUDA, else cifar10-cpu with --data or --dataset, else demo
+    preset: str = ""  # default: demo if --dataset is; cifar10 with CUDA; cifar10-cpu with --data or --dataset; demo
     dataset: str = "cifar10"  # demo, cifar10, cifar100, stl10, fashionmnist; else any images, in DATA/DATASET or DATA
     data: str = ""  # folder of images, or of torchvision's files; default: data/DATASET, downloaded if missing
     cache: str = ""  # folder for decoded images; default: .bagssl in the folder of images, shared by all runs
@@ -484,7 +484,7 @@ def train(config, device):
             loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
                                       rank=RANK, world_size=WORLD_SIZE)
             optimizer.zero_grad()
-            loss.backward()  # `gather` sums the gradients of all processes' losses, and DDP takes their average
+            loss.backward()  # `gather` sums z's gradients over the processes, and DDP averages the weights'
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)  # the norm before clipping
             warmup = min(1, (step + 1) / (config.warmup * steps + 1))
             for group in optimizer.param_groups:
@@ -567,7 +567,7 @@ def load_torchvision(name, folder, split, size, download=False):
 
 
 def load_folder(folder, split, size, cache=""):
-    """A folder's images, decoded: their .npy file's path, and labels (N,) or None; or None if the folder has none."""
+    """A folder's images, decoded: their .npy file's path, and labels (N,) or None; or None if it has no images."""
     if not folder.is_dir():
         return None
     train, test = folder / "train", folder / ("val" if (folder / "val").is_dir() else "test")
@@ -912,7 +912,7 @@ class OnlineProbe(nn.Module):
     def forward(self, h, labels):
         """Learn from the batch of all processes. Returns the accuracy before learning from it, in per cent.
 
-        h: (b, V, D), this process's embeddings; labels: (b,). An image is represented by the mean of its V patches.
+        h: (b, V, width), this process's embeddings; labels: (b,). An image is represented by the mean of its V patches.
         """
         h, labels = gather(h.detach().float().mean(1)), gather(labels)
         scores = self.layers(h)
@@ -1064,7 +1064,7 @@ class Progress:
 
 
 def effective_rank(h):
-    """exp(entropy) of the normalised singular values of h (N, D), first 1,024 rows, centred; 1 means collapsed."""
+    """exp(entropy) of the normalised singular values of h (N, width), first 1,024 rows, centred; 1 means collapsed."""
     h = h.detach()[:1024].cpu().double()  # not every device has eigvalsh, or float64
     h = h - h.mean(0)
     gram = h.T @ h if len(h) > h.shape[1] else h @ h.T
