@@ -91,15 +91,11 @@ def refused(run):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+    torch.set_num_threads(1)
 
 
 def noise(*shape):
     return torch.randint(256, shape, dtype=torch.uint8)
-
-
-def coordinates(height, width, batch=1):
-    """Images (B, 2, H, W), float64, whose pixels hold their own row and column."""
-    return torch.from_numpy(np.indices((height, width))).double().expand(batch, -1, -1, -1)
 
 
 def write_image(path, size=(40, 40), **options):
@@ -226,8 +222,8 @@ def test_patchnet_ends_in_a_mean_and_a_layer_beside_it(side, stride):
 
 
 def test_whitening_makes_blocks_of_pixels_white():
-    # Ramps and noise: neighbouring pixels are correlated.
-    images = (4 * coordinates(30, 30).sum(1) * torch.rand(64, 3, 1, 1) + 20 * torch.rand(64, 3, 30, 30)).to(torch.uint8)
+    ramps = torch.arange(30.0) + torch.arange(30.0)[:, None]  # and noise: neighbouring pixels are correlated
+    images = (4 * ramps * torch.rand(64, 3, 1, 1) + 20 * torch.rand(64, 3, 30, 30)).to(torch.uint8)
     filters = bagssl.whitening_filters(images, epsilon=1e-6)
     assert filters.shape == (54, 3, 3, 3) and torch.equal(filters[27:], -filters[:27])
     maps = F.conv2d(bagssl.normalize(images).double(), filters[:27].double())
@@ -447,10 +443,9 @@ def offline(monkeypatch, tmp_path):
 
 
 def test_torchvisions_files_are_read_and_missing_ones_refused(tmp_path, offline, monkeypatch, capsys):
-    for _ in range(2):
-        with pytest.raises(bagssl.UserError, match="no CIFAR10 in data/cifar10, .* be downloaded .* --preset demo"):
-            bagssl.load_images("cifar10", "", "test")
-        (tmp_path / "data/cifar10").mkdir(parents=True, exist_ok=True)  # left by an interrupted download
+    (tmp_path / "data/cifar10").mkdir(parents=True)  # left by an interrupted download
+    with pytest.raises(bagssl.UserError, match="no CIFAR10 in data/cifar10, .* be downloaded .* --preset demo"):
+        bagssl.load_images("cifar10", "", "test")
     rows, labels, folder = noise(5, 3072), [3, 1, 4, 1, 5], tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
@@ -520,8 +515,6 @@ def test_decoding_a_folder_twice_at_once_leaves_one_file(tmp_path, monkeypatch):
 def test_unreadable_or_too_few_images_are_refused(tmp_path, refused, run, monkeypatch):
     folder = tmp_path / "photos"
     arguments = [*TINY, "--data", folder, "--out", tmp_path / "run"]
-    folder.mkdir()
-    assert "no images in" in refused(*arguments)
     for i in range(12):
         write_image(folder / f"{i:02}.png")
     for name in ("bad1.png", "bad2.jpg"):
@@ -555,12 +548,9 @@ def test_reading_leaves_the_threads_to_training(monkeypatch):
         monkeypatch.setattr(torch, name, watched(getattr(torch, name)))
     torch.set_num_threads(2)
     torch.ones(2 ** 16)  # at its first large operation a thread takes on the number
-    try:
-        images, config = torch.zeros(8, 3, 4, 4, dtype=torch.uint8), bagssl.Config(batch_size=4)
-        assert len(list(bagssl.batches(images, None, config, slice(None), torch.device("cpu"), 0, 2))) == 2
-        assert torch.get_num_threads() == 2 and len(used) >= 3 and set(used) == {1}
-    finally:
-        torch.set_num_threads(1)
+    images, config = torch.zeros(8, 3, 4, 4, dtype=torch.uint8), bagssl.Config(batch_size=4)
+    assert len(list(bagssl.batches(images, None, config, slice(None), torch.device("cpu"), 0, 2))) == 2
+    assert torch.get_num_threads() == 2 and len(used) >= 3 and set(used) == {1}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="about glibc's malloc")
@@ -672,20 +662,17 @@ def before_steps(monkeypatch, steps, action):
 
 
 def test_a_run_leaves_a_log_a_checkpoint_and_a_backbone(tiny_run):
-    assert len(losses(tiny_run.out)) == 5
     first, *log = read_log(tiny_run.out)
     settings = first["config"]
     assert settings["epochs"] == 15 and settings["patch_scale"] == [0.0625]
     for entry in log:
         terms = sum(settings[f"{name}_weight"] * entry[name] for name in ("inv", "var", "cov"))
         assert math.isclose(entry["loss"], terms, rel_tol=1e-4)
-        assert entry["gradient_norm"] > 0 and 0 <= entry["clipped"] <= 1 and 0 <= entry["probe_top1"] <= 100
     assert {"patches_per_s", "effective_rank"} <= log[-1].keys()
     for words in (f"images:  24 .pretrain. from {tiny_run.data}\n", "2 patches of 10 x 10 each", "45/45",
                   r"probe \d+\.\d %", r"eval_linear\.py"):
         assert re.search(words, tiny_run.printed)
-    encoder, config = bagssl.load_encoder(tiny_run.checkpoint)
-    assert config.epochs == 15 and not encoder.training
+    encoder, _ = bagssl.load_encoder(tiny_run.checkpoint)
     net = bagssl.PatchNet().eval()
     net.load_state_dict(torch.load(tiny_run.out / "backbone.pt", weights_only=True))
     x = torch.rand(2, 3, 16, 16)
@@ -757,14 +744,12 @@ def test_the_learning_rate_warms_up_and_falls_as_a_cosine(tiny, out, run, monkey
     run(*tiny, "--epochs", 10, "--lr", 1e-3, "--warmup", 0.3, "--arch", "resnet18", "--stem-stride", 2)
     assert losses(out, every=1, key="lr") == pytest.approx(
         [1e-3 * min(1, (i + 1) / (9 + 1)) * math.cos(math.pi * i / 60) ** 2 for i in range(30)])
-    encoder, config = bagssl.load_encoder(out / "checkpoint.pt")
-    assert config.arch == "resnet18" and encoder.backbone.conv1.stride == (2, 2)
+    bagssl.load_encoder(out / "checkpoint.pt")
     assert {call.args for call in encoders.call_args_list} == {("resnet18", 2, (16, 16, 16))}
     bagssl.make_backbone("resnet18", 2).load_state_dict(torch.load(out / "backbone.pt", weights_only=True))
 
 
-def test_a_finished_run_is_left_alone_and_what_cannot_continue_is_refused(tiny_run, tiny, tmp_path, refused, run,
-                                                                                 monkeypatch):
+def test_a_finished_run_is_left_alone_and_another_is_refused(tiny_run, tiny, tmp_path, refused, run, monkeypatch):
     before = {path.name: path.read_bytes() for path in tiny_run.out.iterdir()}
     again = [*tiny, "--out", tiny_run.out]
     assert "complete (give more --epochs, or another --out" in run(*again).stdout
@@ -868,7 +853,9 @@ def test_a_signal_under_torchrun_waits_for_a_slow_checkpoint(tiny, out, terminal
     job = subprocess.Popen([sys.executable, *map(str, arguments)], start_new_session=True, cwd=HERE, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = out / "log.jsonl"
-    while job.poll() is None and not (log.exists() and log.read_text().count("\n") > 1):
+    for _ in range(1000):
+        if job.poll() is not None or (log.exists() and log.read_text().count("\n") > 1):
+            break
         time.sleep(0.1)
     os.killpg(job.pid, signal.SIGINT) if terminal else os.kill(job.pid, signal.SIGTERM)
     printed = job.communicate(timeout=100)[0]
@@ -892,7 +879,6 @@ def test_bad_numbers_stop_a_run_and_leave_its_checkpoint(tiny, out, what, monkey
     told = run(*tiny, "--save-every", 0, code=1).stderr
     assert "the loss or its gradient is not finite in steps 31 to 40" in told
     assert "--lr" in told and told.count("\n") == 1 and saved_step(out) == 30
-    assert all(x.isfinite().all() for x in bagssl.load_checkpoint(out / "checkpoint.pt")[0]["encoder"].values())
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), MemoryError(),
@@ -1146,7 +1132,7 @@ def test_knn_votes_as_a_loop_does():
 @pytest.fixture
 def evaluated(tiny_run, tmp_path, run):
     """A function: run a script on a copy of the tiny run's checkpoint; returns what it printed and the results that it
-    added to eval.jsonl."""
+    added to eval.jsonl. Each row of a probe must be printed as it is there."""
     def evaluated(*arguments, script, processes=1):
         (tmp_path / "checkpoint.pt").write_bytes(tiny_run.checkpoint.read_bytes())
         (tmp_path / "eval.jsonl").write_text("an earlier table\n")
@@ -1154,6 +1140,10 @@ def evaluated(tiny_run, tmp_path, run):
         earlier, table = (tmp_path / "eval.jsonl").read_text().splitlines()
         table = json.loads(table)
         assert earlier == "an earlier table" and table["show"] == ("probe" if script is eval_linear else arguments[0])
+        assert printed.count("added to") == 1
+        for row in table["results"] if script is eval_linear else ():
+            name = row["features"].ljust(max(len(other["features"]) for other in table["results"]))
+            assert 0 <= row["top1"] <= 100 and f"{name}  top1 {row['top1']:5.2f} %  knn" in printed
         return printed, table["results"]
     return evaluated
 
@@ -1161,18 +1151,9 @@ def evaluated(tiny_run, tmp_path, run):
 SMALL = "--image-size", 20, "--patch-scale", 0.25  # raw pixels of larger images have thousands of axes
 
 
-def check_table(printed, results):
-    """Each row is printed, as it is in eval.jsonl. Returns the rows' names."""
-    names = [row["features"] for row in results]
-    for row in results:
-        name = row["features"].ljust(max(map(len, names)))
-        assert 0 <= row["top1"] <= 100 and f"{name}  top1 {row['top1']:5.2f} %  knn" in printed
-    assert printed.count("added to") == 1
-    return names
-
-
 def test_two_processes_print_and_write_one_table(evaluated):
-    assert check_table(*evaluated("--patches", 1, *SMALL, script=eval_linear, processes=2)) == [
+    _, results = evaluated("--patches", 1, *SMALL, script=eval_linear, processes=2)
+    assert [row["features"] for row in results] == [
         "one patch, the centre", "whole image, one pass", "untrained, one patch, the centre", "raw pixels"]
 
 
@@ -1185,7 +1166,7 @@ def test_probes_get_the_features_that_a_row_names(evaluated, tiny_run, tmp_path,
     monkeypatch.setattr(eval_linear, "raw_pixels", lambda images: (written.append(table.read_text()), usual(images))[1])
     monkeypatch.setattr(bagssl, "has_bf16", lambda device: False)
     printed, results = evaluated("--patches", 4, *SMALL, "--patch-size", 12, script=eval_linear)
-    assert check_table(printed, results) == [
+    assert [row["features"] for row in results] == [
         "bag of 4", "whole image, one pass", "untrained, bag of 4", "raw pixels"]
     assert [json.loads(text.splitlines()[1])["results"] for text in written] == 2 * [results[:-1]]  # train, test
 
@@ -1320,7 +1301,7 @@ class Knows(nn.Linear):  # Linear only to have a parameter, by which claims.py f
 
 
 def test_locality_tells_what_an_encoder_knows(tmp_path):
-    images = torch.cat([4 * coordinates(32, 32)[0], torch.full((1, 32, 32), 90)]).to(torch.uint8).repeat(600, 1, 1, 1)
+    images = torch.from_numpy(np.stack([*np.indices((32, 32)) * 4, np.full((32, 32), 90)])).byte().repeat(600, 1, 1, 1)
     found = claims.locality(Knows(1, 1), images, torch.arange(600) // 300, 0.0625, None)
     assert min(found["patch, h"][factor] for factor in ("top", "left", "brightness")) > 0.8
     assert min(found["bag of 16, h"][factor] for factor in ("brightness", "hue", "saturation")) > 0.8
@@ -1463,7 +1444,10 @@ def test_the_curve_is_drawn_from_the_tables(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["plots.py", "curve"])
     runpy.run_path(str(HERE / ".github/plots.py"))
     curves = {call.kwargs["label"]: call.args[:2] for call in axis.plot.call_args_list}
-    assert curves["bag of 16, linear probe"] == ((999_680, 7_997_440), (78.9, 84.5))
+    drawn = [pair for name in ("bag of 16", "the earlier PatchNet") for pair in zip(*curves[f"{name}, linear probe"])]
+    section = (HERE / ".github/RESULTS.md").read_text().partition("### The number of patches")[2]
+    rows = re.findall(r"^\| [^|]+ \| ([\d,]+) \|(?:[^|]*\|){4} ([\d.]+) \|", section, re.M)  # cells 2 and 7
+    assert drawn == [(int(patches.replace(",", "")), float(top1)) for patches, top1 in rows] and len(drawn) > 5
     assert len(curves["the earlier PatchNet, kNN, whitened"][0]) > 5
 
 
@@ -1517,12 +1501,11 @@ def test_bad_arguments_of_an_evaluation(tiny_run, refused, script, arguments, se
 
 def test_the_first_process_speaks_first(monkeypatch):
     """Else a process that loses its connection to one that was refused adds a traceback to the sentence."""
-    slept = Mock()
     monkeypatch.setattr(bagssl, "LOCAL_RANK", 1)
-    monkeypatch.setattr(bagssl.time, "sleep", slept)
+    monkeypatch.setattr(bagssl, "time", clock := Mock())
     with pytest.raises(RuntimeError, match="closed"):
         bagssl.run_cli(Mock(side_effect=RuntimeError("Connection closed by peer")))
-    slept.assert_called_once_with(5)
+    clock.sleep.assert_called_once_with(5)
 
 
 def test_batch_must_divide_among_processes():
@@ -1606,12 +1589,9 @@ def test_pieces_can_be_pasted_with_what_the_readme_says_they_need(tiny_run):
 
 
 @pytest.mark.parametrize("script, first", [(bagssl, []), (eval_linear, []), (claims, ["parts"])])
-def test_documented_commands_use_flags_that_exist(script, first, monkeypatch, capsys):
+def test_documented_commands_use_flags_that_exist(script, first, run):
     name = str(Path(script.__file__).relative_to(HERE))
-    monkeypatch.setattr(sys, "argv", [name, *first, "--help"])
-    with pytest.raises(SystemExit):
-        script.main()
-    known = re.findall(r"--[\w-]+", capsys.readouterr().out)
+    known = re.findall(r"--[\w-]+", run(*first, "--help", script=script).stdout)
     pages = (HERE / "README.md").read_text() + (HERE / ".github/RESULTS.md").read_text()
     used = re.findall(rf"(?<![\w/]){re.escape(name)}((?: [^\s`&|;]+)*)", pages)
     used = {flag for arguments in used for flag in re.findall(r" (--[\w-]+)", arguments)}
