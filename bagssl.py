@@ -591,6 +591,8 @@ def decode_image(path, size):
     """Read, resize the short side to `size`, centre-crop: uint8 (3, size, size)."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F":  # a range that only its author knows, and that convert() would clip
+            raise ValueError("floating-point pixels")
         if image.mode.startswith("I"):  # 16 bits, which convert() would clip instead of scale
             image = Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8))
         if "A" in image.getbands() or "transparency" in image.info:  # convert() would just drop the alpha
@@ -836,8 +838,9 @@ class NormalizeBatch(torch.autograd.Function):
 def parallelize_and_compile(encoder, views, config, device):
     """The encoder and `views` as training calls them: the encoder under DDP, both compiled as config.compile says."""
     if WORLD_SIZE > 1:
-        encoder = nn.parallel.DistributedDataParallel(  # starts all processes with the first one's weights
-            encoder, gradient_as_bucket_view=True, broadcast_buffers=False)  # BatchNorm's statistics are equal already
+        encoder = nn.parallel.DistributedDataParallel(encoder, gradient_as_bucket_view=True)  # copies rank 0's weights
+        # BatchNorm's statistics are equal already. Set as an attribute, since Torch has renamed the argument.
+        encoder.broadcast_buffers = False
     if config.compile == "yes" or (config.compile == "auto" and device.type == "cuda"):
         if RANK == 0:
             print("compile: yes; the first steps take half a minute or more", flush=True)
@@ -1109,7 +1112,7 @@ def save_atomically(path, content):
 
 
 def load_checkpoint(path):
-    """Read a checkpoint.pt. Returns its content, the trained encoder in eval mode, on the CPU, and its Config.
+    """Read a checkpoint.pt. Returns its content, the encoder in eval mode, on the CPU, and its Config.
 
     The content is a dict of config, step, steps, encoder, optimizer and, with labels, probe and probe_optimizer. No
     code in the file is run. Raises UserError if it is missing, damaged, or of another program or version.
@@ -1130,7 +1133,7 @@ def load_checkpoint(path):
 
 
 def load_encoder(path):
-    """The trained encoder in eval mode, on the CPU, and its Config, from a checkpoint.pt; see `load_checkpoint`."""
+    """The encoder in eval mode, on the CPU, and its Config, from a checkpoint.pt; see `load_checkpoint`."""
     return load_checkpoint(path)[1:]
 
 

@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import json
 import math
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -203,14 +204,21 @@ def load_published(path, arch):
 
 
 def load_model(arguments):
-    """The trained and an untrained network, on the CPU, and the Config, updated by the arguments except the scale."""
+    """The trained and an untrained network, on the CPU, the Config, and the step at which the first was saved.
+
+    The arguments override the Config's fields, except for the scale. The step of another project's checkpoint is None.
+    """
+    step = None
     if arguments.arch:
         trained = torch.nn.Module()  # stands in for an Encoder
         trained.backbone, stride = load_published(arguments.checkpoint, arguments.arch)
         # The projector is not used.
         config = bagssl.Config(dataset="", arch=arguments.arch, stem_stride=stride, projector=(1, 1, 1))
     else:
-        trained, config = bagssl.load_encoder(arguments.checkpoint)
+        content, trained, config = bagssl.load_checkpoint(arguments.checkpoint)
+        step = content["step"]
+        if step < content["steps"] and RANK == 0:
+            print(f"{arguments.checkpoint} is of step {step:,} of {content['steps']:,}: training has not ended")
     for name in ("data", "cache", "image_size", "patch_size"):
         if getattr(arguments, name) is not None:
             setattr(config, name, getattr(arguments, name))
@@ -221,7 +229,7 @@ def load_model(arguments):
     untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()  # new BatchNorms are identities
     if config.arch == "patchnet":  # its whitening layer is computed, not learned: both have it
         untrained.backbone.whiten.load_state_dict(trained.backbone.whiten.state_dict())
-    return trained, untrained.to(memory_format=torch.channels_last), config
+    return trained, untrained.to(memory_format=torch.channels_last), config, step
 
 
 def view_sizes(config, arguments):
@@ -287,14 +295,18 @@ def save_results(arguments, show, **table):
     """Add a line to eval.jsonl beside the checkpoint, in place of a line whose rows this table begins with, if any.
 
     show: "probe", or a claim of claims.py. The last item of `table` must hold the results: a list may grow between
-    calls.
+    calls. A folder that cannot be written is only warned of, as the results are printed too.
     """
     path = Path(arguments.checkpoint).parent / "eval.jsonl"
     line = json.dumps({"show": show, "checkpoint": str(arguments.checkpoint), "torch": torch.__version__, **table})
     earlier = path.read_text().splitlines() if path.exists() else []
     # Without its closing brackets, the line of a shorter table is a prefix of this one.
     kept = [other for other in earlier if not line.startswith(other.removesuffix("]}"))]
-    bagssl.save_atomically(path, "\n".join([*kept, line, ""]).encode())
+    try:
+        bagssl.save_atomically(path, "\n".join([*kept, line, ""]).encode())
+    except UserError as error:
+        print(f"warning: {error}", file=sys.stderr, flush=True)
+        return
     if len(kept) == len(earlier):  # only once for a table that grows
         print(f"added to {path}", flush=True)
 
@@ -304,7 +316,7 @@ def main():
     add_arguments(parser)
     arguments = parser.parse_args()
     check_arguments(arguments)
-    trained, untrained, config = load_model(arguments)
+    trained, untrained, config, step = load_model(arguments)
     device = bagssl.start_process(arguments.device)
     torch.set_float32_matmul_precision("highest")  # TensorFloat-32 is too coarse for L-BFGS
     scale, size, whole_size = view_sizes(config, arguments)
@@ -334,9 +346,9 @@ def main():
             columns = [f"{key} {row[key]:5.2f} %" for key in ("top1", "top5", "knn", "knn_whitened") if key in row]
             print(f"{name:{max(map(len, embedders))}}", *columns, sep="  ", flush=True)
             results.append(row)
-            save_results(arguments, "probe", data=config.data or config.dataset, image_size=config.image_size,
-                         patch_scale=scale, patch_size=size, train_images=len(train_images),
-                         test_images=len(test_images), results=results)
+            save_results(arguments, "probe", step=step, data=config.data or config.dataset,
+                         image_size=config.image_size, patch_scale=scale, patch_size=size,
+                         train_images=len(train_images), test_images=len(test_images), results=results)
         if group:
             dist.barrier(group)
 

@@ -519,14 +519,15 @@ def test_unreadable_or_too_few_images_are_refused(tmp_path, refused, run, monkey
         write_image(folder / f"{i:02}.png")
     for name in ("bad1.png", "bad2.jpg"):
         (folder / name).write_bytes(b"this is no picture")
+    Image.fromarray(np.full((40, 40), 0.5, np.float32)).save(folder / "float.tif")
     (folder / "link.png").symlink_to("nothing.png")
     write_image(folder / "vast.png", size=(300, 300))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     sentence = refused(*arguments)
-    assert "4 of 16 images" in sentence and "bad1.png (UnidentifiedImageError), bad2.jpg" in sentence
-    assert "link.png (FileNotFoundError), vast.png (DecompressionBombError)" in sentence
+    assert "5 of 17 images" in sentence and "bad1.png (UnidentifiedImageError), bad2.jpg" in sentence
+    assert "float.tif (ValueError), link.png (FileNotFoundError), vast.png (DecompressionBombError)" in sentence
     assert not list((folder / ".bagssl").iterdir())
-    for name in ("bad1.png", "bad2.jpg", "link.png", "vast.png"):
+    for name in ("bad1.png", "bad2.jpg", "float.tif", "link.png", "vast.png"):
         (folder / name).unlink()
     with monkeypatch.context() as context:  # looked at first, as writing a memory map would end the process
         context.setattr(shutil, "disk_usage", lambda _: Mock(free=12 * 3 * 40 * 40 - 1))
@@ -957,7 +958,7 @@ def test_processes_train_as_one_on_two_nodes_or_compiled(tmp_path):
     def train(name, launcher=(), compiled="no"):
         return command(*calling(prepare_a_comparison), *TINY, "--data", tmp_path / "data", "--out", tmp_path / name,
                        "--batch-size", 32, "--num-patches", 4, "--lr", 3e-4, "--compile", compiled, "--epochs", 7,
-                       launcher=launcher).stdout
+                       launcher=launcher)
 
     def weights(name):
         return bagssl.load_checkpoint(tmp_path / name / "checkpoint.pt")[0]["encoder"]
@@ -967,8 +968,9 @@ def test_processes_train_as_one_on_two_nodes_or_compiled(tmp_path):
         first = pool.submit(train, "2 nodes", nodes)
         time.sleep(1)
         second = pool.submit(train, "2 nodes", nodes)
-    printed = first.result(), second.result()
-    assert sorted("eval_linear.py" in its_output for its_output in printed) == [False, True]  # rank 0 alone prints
+    finished = first.result(), second.result()
+    assert sorted("eval_linear.py" in its.stdout for its in finished) == [False, True]  # rank 0 alone prints
+    assert not any("FutureWarning" in its.stderr for its in finished)
     train("1")
     train("2 compiled", torchrun(2), "yes")
     for name in ("2 nodes", "2 compiled"):
@@ -1140,6 +1142,7 @@ def evaluated(tiny_run, tmp_path, run):
         earlier, table = (tmp_path / "eval.jsonl").read_text().splitlines()
         table = json.loads(table)
         assert earlier == "an earlier table" and table["show"] == ("probe" if script is eval_linear else arguments[0])
+        assert table["step"] == 45
         assert printed.count("added to") == 1
         for row in table["results"] if script is eval_linear else ():
             name = row["features"].ljust(max(len(other["features"]) for other in table["results"]))
@@ -1186,6 +1189,16 @@ def test_probes_get_the_features_that_a_row_names(evaluated, tiny_run, tmp_path,
     assert usual(noise(2, 3, 40, 40)).shape == (2, 3 * 32 * 32)
     multi_scale, as_trained = bagssl.Config(patch_scale=(0.2, 0.8), patch_size=12), Mock(patch_scale=None, arch=None)
     assert eval_linear.view_sizes(multi_scale, as_trained) == (0.5, 12, 12)  # the whole image, too, at 12 x 12
+
+
+def test_an_unfinished_run_is_probed_also_where_nothing_can_be_written(tiny_run, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(eval_linear, "linear_probe", Mock(return_value={"top1": 50.0}))
+    path = tmp_path / "checkpoint.pt"
+    torch.save(torch.load(tiny_run.checkpoint, weights_only=True) | {"step": 20}, path)
+    (tmp_path / ".eval.jsonl").mkdir()  # where the table would be written
+    told = run("--checkpoint", path, "--patches", 1, *SMALL, script=eval_linear)
+    assert f"{path} is of step 20 of 45" in told.stdout and told.stdout.count("top1 50.00 %") == 4
+    assert told.stderr.count("warning: cannot write") == told.stderr.count("\n") == 4
 
 
 def test_fewer_images_are_drawn_with_their_labels(monkeypatch):

@@ -237,10 +237,10 @@ def main():
     eval_linear.check_arguments(arguments)
     if bagssl.WORLD_SIZE > 1:
         raise UserError("claims.py runs in one process; start it with python, not torchrun")
-    trained, untrained, config = eval_linear.load_model(arguments)
+    trained, untrained, config, step = eval_linear.load_model(arguments)
     device = bagssl.start_process(arguments.device)
     table = CLAIMS[arguments.claim](arguments, trained.to(device), untrained.to(device), config)
-    eval_linear.save_results(arguments, arguments.claim, **table)
+    eval_linear.save_results(arguments, arguments.claim, step=step, **table)
 
 
 if __name__ == "__main__":

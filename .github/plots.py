@@ -49,7 +49,7 @@ def plot_cosine(axis, training, tables, colour):
 def draw(name, show, plot, label, runs):
     """One picture, with a panel for each data set. Each run's longest table is drawn, the newest of equally long ones.
 
-    A whole image's accuracy is the best of all tables of the same images: with all its pixels, not shrunk.
+    A whole image's accuracy is the best of all tables of the same step and images: with all its pixels, not shrunk.
     """
     panels = {}
     for run in runs:
@@ -59,8 +59,8 @@ def draw(name, show, plot, label, runs):
         if not tables:
             continue
         longest = max(tables, key=lambda table: len(table["results"]))
-        images = [name for name in ("data", "image_size", "train_images", "test_images") if name in longest]
-        tables = [table["results"] for table in tables if all(table[name] == longest[name] for name in images)]
+        images = [name for name in ("step", "data", "image_size", "train_images", "test_images") if name in longest]
+        tables = [table["results"] for table in tables if all(table.get(name) == longest[name] for name in images)]
         training = "multi-scale" if len(config["patch_scale"]) == 2 else "fixed scale"
         panels.setdefault(Path(config["data"]).name or config["dataset"], []).append((training, tables))
     if not panels:
