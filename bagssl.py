@@ -59,7 +59,7 @@ from torch import nn
 
 @dataclass
 class Config:
-    preset: str = ""  # default: demo if --dataset is; cifar10 with CUDA; cifar10-cpu with --data or --dataset; demo
+    preset: str = ""  # default: demo if --dataset is; cifar10 on CUDA; cifar10-cpu with --data/--dataset; else demo
     dataset: str = "cifar10"  # demo, cifar10, cifar100, stl10, fashionmnist; else any images, in DATA/DATASET or DATA
     data: str = ""  # folder of images, or of torchvision's files; default: data/DATASET, downloaded if missing
     cache: str = ""  # folder for decoded images; default: .bagssl in the folder of images, shared by all runs
@@ -313,7 +313,7 @@ class PatchNet(nn.Module):
 
     def forward(self, x):
         maps = self.layers(self.whiten(x).relu())
-        mean = maps.sum((2, 3)) / maps[0, 0].numel()  # .mean's gradient would fill a whole map
+        mean = maps.sum((2, 3)) / maps[0, 0].numel()  # unlike .mean's, its gradient is a view
         return torch.cat([mean, self.last(mean)], 1)
 
 
@@ -361,7 +361,7 @@ class Encoder(nn.Module):
 # constant; term by term:
 #     -2 E[z1.z2] = E |z1 - z2|^2 + const                       (invariance)
 #     w || E[z z^T] ||_F^2 = w sum_{d != e} cov_de^2 + const    (covariance; w = 2 cov_weight / inv_weight)
-# VICReg subtracts the mean, and its hinge penalises each variance below 1.
+# So VICReg subtracts the mean, and its hinge penalises variances below 1.
 
 
 def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, rank=0, world_size=1):
@@ -484,7 +484,7 @@ def train(config, device):
             loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
                                       rank=RANK, world_size=WORLD_SIZE)
             optimizer.zero_grad()
-            loss.backward()  # `gather` sums z's gradients over the processes, and DDP averages the weights'
+            loss.backward()  # exact: `gather` sums z's gradients over processes, DDP averages the weights'
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)  # the norm before clipping
             warmup = min(1, (step + 1) / (config.warmup * steps + 1))
             for group in optimizer.param_groups:
@@ -579,11 +579,11 @@ def load_folder(folder, split, size, cache=""):
     classes = sorted(path.name for path in train.glob("[!.]*") if path.is_dir())
     class_names = [name.split(os.sep)[0] for name in names]
     labels = np.searchsorted(classes, class_names) if names and set(class_names) <= set(classes) else None
-    if not names and (split == "pretrain" or not train.is_dir()):
-        return None
-    if labels is None and split != "pretrain":
+    if labels is None and split != "pretrain" and (names or train.is_dir()):
         raise UserError(f"{chosen} has no labelled images, which a probe needs: images must lie in class folders, the "
                         f"same ones in train/ and in val/ or test/")
+    if not names:
+        return None
     return decode_folder(chosen, names, size, Path(cache or folder / ".bagssl")), labels
 
 
@@ -881,7 +881,7 @@ def has_bf16(device):
     """Whether the device multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # On Intel's CPUs that takes AMX, which a virtual machine may hide; by AVX-512 alone, bfloat16 is half as fast.
+    # On Intel's CPUs that takes AMX, which a virtual machine may hide; AVX-512's is half as fast as float32.
     cpu = torch.cpu.get_capabilities()
     feature = "amx_bf16" if "Intel" in cpu.get("cpu_name", "") else "avx512_bf16"
     return device.type == "cpu" and cpu.get(feature, False)
@@ -1055,7 +1055,7 @@ class Run:
 
 
 class Progress:
-    """Says when a line of progress is due: on the first process, after `delay` seconds, every ten more, at the end."""
+    """On the first process, says when a line of progress is due: after `delay` seconds, every ten more, at the end."""
 
     def __init__(self, delay=10):
         self.next = time.monotonic() + delay
@@ -1163,7 +1163,6 @@ def parse_config(argv=None):
                             help=comments[name].replace("%", "%%") + (f" [{default}]" if default else ""))
     given = vars(parser.parse_args(argv))
     cuda = torch.cuda.is_available() and given.get("device", "cuda").startswith("cuda")
-    # The demo is the default if --dataset names it, or if there is no CUDA, no --data and no --dataset.
     demo = given.get("dataset") == "demo" or not (cuda or given.keys() & {"data", "dataset"})
     preset = given.get("preset", "demo" if demo else "cifar10" if cuda else "cifar10-cpu")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
@@ -1207,8 +1206,8 @@ def run_cli(main):
         sentence, _, _ = str(error).partition("\n")
         if isinstance(error, MemoryError) or (
                 isinstance(error, RuntimeError) and re.search("out of memory|allocate memory", str(error))):
-            sentence = (f"out of memory ({sentence or 'MemoryError'}); give a smaller --batch-size or --num-patches, "
-                        f"or to a probe fewer --train-images")
+            sentence = (f"out of memory ({sentence or 'MemoryError'}); give a smaller --batch-size or "
+                        f"--num-patches; for a probe, fewer --train-images")
         elif isinstance(error, RuntimeError):
             if not isinstance(error, torch._dynamo.exc.TorchDynamoException):  # compiling needs Triton and C++
                 raise
