@@ -59,9 +59,9 @@ from torch import nn
 
 @dataclass
 class Config:
-    preset: str = ""  # default: demo if --dataset is; cifar10 on CUDA; cifar10-cpu with --data/--dataset; else demo
+    preset: str = ""  # default: demo with --dataset demo; cifar10 on CUDA; cifar10-cpu with --data/--dataset; else demo
     dataset: str = "cifar10"  # demo, cifar10, cifar100, stl10, fashionmnist; else any images, in DATA/DATASET or DATA
-    data: str = ""  # folder of images, or of torchvision's files; default: data/DATASET, downloaded if missing
+    data: str = ""  # folder of images, or of torchvision's files; default: ./data/DATASET, downloaded if missing
     cache: str = ""  # folder for decoded images; default: .bagssl in the folder of images, shared by all runs
     out: str = ""  # folder of the run; default: runs/PRESET; an interrupted run there is continued
     arch: str = "patchnet"  # patchnet, made for small patches; resnet18, resnet34, resnet50, as in published work
@@ -313,7 +313,7 @@ class PatchNet(nn.Module):
 
     def forward(self, x):
         maps = self.layers(self.whiten(x).relu())
-        mean = maps.sum((2, 3)) / maps[0, 0].numel()  # unlike .mean's, its gradient is a view
+        mean = maps.sum((2, 3)) / maps[0, 0].numel()  # faster than .mean: the gradient of a sum is a view, not a copy
         return torch.cat([mean, self.last(mean)], 1)
 
 
@@ -361,7 +361,7 @@ class Encoder(nn.Module):
 # constant; term by term:
 #     -2 E[z1.z2] = E |z1 - z2|^2 + const                       (invariance)
 #     w || E[z z^T] ||_F^2 = w sum_{d != e} cov_de^2 + const    (covariance; w = 2 cov_weight / inv_weight)
-# So VICReg subtracts the mean, and its hinge penalises variances below 1.
+# So VICReg subtracts the mean, and its hinge keeps the variances, which the invariance term lowers, near 1.
 
 
 def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, rank=0, world_size=1):
@@ -484,7 +484,7 @@ def train(config, device):
             loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
                                       rank=RANK, world_size=WORLD_SIZE)
             optimizer.zero_grad()
-            loss.backward()  # exact: `gather` sums z's gradients over processes, DDP averages the weights'
+            loss.backward()  # exact: `gather` sums z's gradients over processes, DDP's mean divides by their number
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)  # the norm before clipping
             warmup = min(1, (step + 1) / (config.warmup * steps + 1))
             for group in optimizer.param_groups:
@@ -677,8 +677,8 @@ def batches(images, labels, config, rows, device, start, steps):
         return chosen.to(device, non_blocking=to_gpu), None if labels is None else labels[indices].to(device)
 
     def prepare():  # runs once in each thread
-        # Otherwise each thread would start OpenMP threads of its own. With more threads than cores, training's threads
-        # sleep instead of spinning while they wait for each other, and a step on two cores takes a tenth longer.
+        # Otherwise each thread would start OpenMP threads of its own: more than there are cores. Training's threads
+        # would sleep instead of spinning while they wait for each other; a step on two cores would take a tenth longer.
         torch.set_num_threads(1)
         if device.type == "cuda":
             torch.cuda.set_device(device)  # otherwise a thread would pin memory through GPU 0
@@ -881,7 +881,7 @@ def has_bf16(device):
     """Whether the device multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # On Intel's CPUs that takes AMX, which a virtual machine may hide; AVX-512's is half as fast as float32.
+    # AVX-512's bfloat16 speeds up AMD's CPUs but halves the speed of Intel's. Those need AMX, which a VM may hide.
     cpu = torch.cpu.get_capabilities()
     feature = "amx_bf16" if "Intel" in cpu.get("cpu_name", "") else "avx512_bf16"
     return device.type == "cpu" and cpu.get(feature, False)
