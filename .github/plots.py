@@ -34,7 +34,8 @@ def plot_accuracy(axis, training, tables, colour):
     axis.axhline(whole, color=colour, ls="--", label=f"{training}: whole image, all pixels")
     for name in top1:
         if name.startswith("untrained"):
-            axis.plot(patches_in(name), top1[name], "x", color=colour, label=f"{training}, untrained: bag")
+            marker = "+" if training == "multi-scale" else "x"  # often in the same place
+            axis.plot(patches_in(name), top1[name], marker, color=colour, label=f"{training}, untrained: {name[11:]}")
 
 
 def plot_cosine(axis, training, tables, colour):
@@ -65,7 +66,7 @@ def draw(name, show, plot, label, runs):
         panels.setdefault(Path(config["data"]).name or config["dataset"], []).append((training, tables))
     if not panels:
         sys.exit(f"error: the runs' eval.jsonl have no {show} table; plots.py without arguments says what writes it")
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
     for axis, (dataset, lines) in zip(axes[0], panels.items()):
         for training, tables in lines:
             plot(axis, training, tables, "tab:orange" if training == "multi-scale" else "tab:blue")
@@ -73,8 +74,8 @@ def draw(name, show, plot, label, runs):
                  xticklabels=["1", "4", "16", "64"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.tight_layout()
+    entries = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(entries.values(), entries.keys(), fontsize=7, loc="outside lower center", ncols=2)
     figure.savefig(HERE / f"{name}.png", dpi=110)
 
 
