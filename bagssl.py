@@ -361,7 +361,7 @@ class Encoder(nn.Module):
 # constant; term by term:
 #     -2 E[z1.z2] = E |z1 - z2|^2 + const                       (invariance)
 #     w || E[z z^T] ||_F^2 = w sum_{d != e} cov_de^2 + const    (covariance; w = 2 cov_weight / inv_weight)
-# So VICReg subtracts the mean, and its hinge keeps the variances, which the invariance term lowers, near 1.
+# VICReg subtracts the mean for that, and its hinge keeps the variances, which the invariance term lowers, near 1.
 
 
 def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, rank=0, world_size=1):
@@ -611,7 +611,7 @@ def decode_folder(folder, names, size, cache):
     paths = [folder / name for name in names]
     stats = [p.stat() if p.exists() else p.lstat() for p in paths]  # lstat for broken links
     listing = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats)])
-    path = cache / f"{folder.name}-{size}px-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
+    decoded = cache / f"{folder.name}-{size}px-{hashlib.sha256(listing.encode()).hexdigest()[:16]}.npy"
     unfinished = cache / f".{uuid.uuid4().hex}.npy"  # a name of its own, as another node may be decoding too
     shape = (len(names), 3, size, size)
     broken, progress = [], Progress()
@@ -623,7 +623,7 @@ def decode_folder(folder, names, size, cache):
             broken.append(f"{names[i]} ({type(error).__name__})")
 
     try:
-        if not path.exists():
+        if not decoded.exists():
             cache.mkdir(parents=True, exist_ok=True)
             if shutil.disk_usage(cache).free < math.prod(shape):  # a full disk would crash writes to a memory map
                 raise OSError(f"it needs {math.prod(shape) / 1e9:.1f} GB")
@@ -637,14 +637,14 @@ def decode_folder(folder, names, size, cache):
                 raise UserError(f"{len(broken)} of {len(names)} images in {folder} cannot be used: "
                                 f"{', '.join(sorted(broken))}; remove or replace them")
             pixels.flush()
-            if not path.exists():  # otherwise another node was faster, and its file may be in use
-                unfinished.rename(path)
+            if not decoded.exists():  # otherwise another node was faster, and its file may be in use
+                unfinished.rename(decoded)
     except OSError as error:
         raise UserError(f"cannot write decoded images to {cache} ({error}); give another --cache") from error
     finally:
         if os.path.isfile(unfinished):
             unfinished.unlink()
-    return path
+    return decoded
 
 
 def training_images(config, device):
@@ -881,7 +881,7 @@ def has_bf16(device):
     """Whether the device multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # AVX-512's bfloat16 speeds up AMD's CPUs but halves the speed of Intel's. Those need AMX, which a VM may hide.
+    # AVX-512's bfloat16 is faster on AMD's CPUs, but slower on Intel's, which need AMX (a virtual machine may hide it).
     cpu = torch.cpu.get_capabilities()
     feature = "amx_bf16" if "Intel" in cpu.get("cpu_name", "") else "avx512_bf16"
     return device.type == "cpu" and cpu.get(feature, False)
@@ -1194,7 +1194,7 @@ def check_config(c, processes):
 
 
 def run_cli(main):
-    """Call main(). Errors that a person can fix become one line on stderr and exit code 2; divergence, exit code 1."""
+    """Call main(), this script's or another's. Errors a person can fix: one line on stderr, exit code 2; divergence: 1."""
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that `finally` clauses run
     try:
         main()
