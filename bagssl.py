@@ -1194,7 +1194,7 @@ def check_config(c, processes):
 
 
 def run_cli(main):
-    """Call main(), this script's or another's. Errors a person can fix: one line on stderr, exit code 2; divergence: 1."""
+    """Call main(), this script's or another's. Errors a user can fix: a line on stderr, exit code 2; divergence: 1."""
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that `finally` clauses run
     try:
         main()
