@@ -469,7 +469,7 @@ def train(config, device):
     B, V, b = config.batch_size, config.num_patches, config.batch_size // WORLD_SIZE
     rows = slice(RANK * b, (RANK + 1) * b)  # this process's share of a batch
     steps = config.epochs * (len(images) // B)
-    model, views = parallelize_and_compile(encoder, training_views, config, device)
+    model, make_views = parallelize_and_compile(encoder, training_views, config, device)
 
     def draw(step):  # the eleven numbers of each of this process's patches
         u = torch.rand(B, V, 11, generator=generator_for(config.seed, "patches", step))[rows]
@@ -477,7 +477,7 @@ def train(config, device):
 
     with Run(config, device, encoder, optimizer, steps, checkpoint, labels) as run:  # resumes from the checkpoint
         for step, batch, classes in batches(images, labels, config, rows, device, run.start, steps):
-            x = views(batch, draw(step), config)  # (b V, 3, s, s)
+            x = make_views(batch, draw(step), config)  # (b V, 3, s, s)
             with autocast(device):
                 h, z = model(x)  # (b V, width), (b V, D)
             z = gather(z.unflatten(0, (-1, V)))  # (B, V, D)
@@ -835,17 +835,18 @@ class NormalizeBatch(torch.autograd.Function):
         return x_gradient - F.batch_norm(x, mean, var, scale, shift, eps=ctx.eps), None, None, *totals, None
 
 
-def parallelize_and_compile(encoder, views, config, device):
-    """The encoder and `views` as training calls them: the encoder under DDP, both compiled as config.compile says."""
-    if WORLD_SIZE > 1:
+def parallelize_and_compile(encoder, make_views, config, device):
+    """Both functions as training calls them: the encoder under DDP, and both compiled as config.compile says."""
+    if dist.is_initialized():
         encoder = nn.parallel.DistributedDataParallel(encoder, gradient_as_bucket_view=True)  # copies rank 0's weights
         # BatchNorm's statistics are equal already. Set as an attribute, since Torch has renamed the argument.
         encoder.broadcast_buffers = False
     if config.compile == "yes" or (config.compile == "auto" and device.type == "cuda"):
         if RANK == 0:
             print("compile: yes; the first steps take half a minute or more", flush=True)
-        encoder, views = torch.compile(encoder), torch.compile(views)  # a compiled DDP still overlaps communication
-    return encoder, views
+        encoder = torch.compile(encoder)  # a compiled DDP still overlaps communication with computation
+        make_views = torch.compile(make_views)
+    return encoder, make_views
 
 
 def start_process(name):
@@ -895,7 +896,7 @@ def autocast(device):
 def generator_for(seed, purpose, index):
     """A generator on the CPU for one purpose and epoch or step: equal on every process, device and restart."""
     digest = hashlib.sha256(f"{seed} {purpose} {index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # 63 bits: never negative
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -988,7 +989,7 @@ class Run:
         save_due = RANK == 0 and time.monotonic() - self.saved > 60 * self.config.save_every
         flags = torch.tensor([len(self.signals), save_due], dtype=torch.float32, device=loss.device)
         totals = torch.cat([self.sums / (done - self.logged), flags])
-        if WORLD_SIZE > 1:  # so that all processes decide alike
+        if dist.is_initialized():  # so that all processes decide alike
             dist.all_reduce(totals)
         *means, stop, due = (totals / WORLD_SIZE).tolist()  # stop and due: not 0 if any process says so
         means = dict(zip(metrics, means))
@@ -1040,7 +1041,7 @@ class Run:
         """Write a file on the first process. The others wait: if one exited first, torchrun might end the writer."""
         if RANK == 0:
             save_atomically(self.out / name, content)
-        if WORLD_SIZE > 1:
+        if dist.is_initialized():
             dist.barrier()
 
     def finish(self):
@@ -1089,7 +1090,7 @@ def find_checkpoint(config):
                             f"remove that folder")
     elif RANK == 0 and out.is_dir() and any(out.glob("[!.]*")) and not (out / "log.jsonl").exists():
         raise UserError(f"{out} exists and holds no run of bagssl.py; give another --out")
-    if WORLD_SIZE > 1:
+    if dist.is_initialized():
         dist.broadcast_object_list(found)
     return found[0]
 

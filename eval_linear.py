@@ -59,7 +59,7 @@ def embed(embedder, images, device, name="", block=256):
         if name and progress.due():
             done = min(len(images), len(features) * block * WORLD_SIZE)
             print(f"{name}: {done:,} of {len(images):,} images", flush=True)
-    if WORLD_SIZE > 1:
+    if dist.is_initialized():
         own = torch.cat(features)
         features = [torch.empty_like(own) for _ in range(WORLD_SIZE)] if RANK == 0 else None
         dist.gather(own, features)
@@ -333,7 +333,7 @@ def main():
     embedders["raw pixels"] = raw_pixels
 
     # Rank 0 fits the probes while the others wait, longer than the default group's time-out allows.
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if WORLD_SIZE > 1 else None
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if dist.is_initialized() else None
     results = []
     for name, embedder in embedders.items():
         train = embed(embedder, train_images, device, f"{name}, train")
