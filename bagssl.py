@@ -38,7 +38,7 @@ import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 
@@ -91,8 +91,8 @@ class Config:
 CIFAR = dict(batch_size=64, projector=(1024, 1024, 1024), inv_weight=10.0)
 
 PRESETS = {
-    # Two patches of an image share little but its class, one of ten, so few dimensions of z suffice. Their projections
-    # cannot agree closely: the invariance term stays large, and cov_weight is raised to match.
+    # Two patches of an image share little but its class, one of ten, so few dimensions of z suffice, and their two
+    # projections cannot agree closely: the invariance term stays large, and cov_weight is raised to match.
     "demo": dict(dataset="demo", image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
     "cifar10-cpu": dict(CIFAR, dataset="cifar10", epochs=18),  # half an hour on two cores, less on fast ones
@@ -191,7 +191,8 @@ def _resize_weights(start, side, extent, size):
     radius max(side / size, 1).
     start: (B, V); side: an int or (B, V). Returns (B, V, size, extent), rows summing to 1.
     """
-    start, side = start[..., None, None], torch.as_tensor(side, device=start.device)[..., None, None]
+    start = start[..., None, None]  # (B, V, 1, 1)
+    side = torch.as_tensor(side, device=start.device)[..., None, None]  # the same, or (1, 1)
     pixel = torch.arange(extent, device=start.device) + 0.5  # (extent,)
     pitch = side / size
     centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * pitch  # (B, V, size, 1)
@@ -325,7 +326,7 @@ def make_backbone(arch="patchnet", stem_stride=1):
     """
     if arch == "patchnet":
         return PatchNet(stem_stride=stem_stride)
-    backbone = getattr(torchvision.models, arch)(norm_layer=BatchNorm)
+    backbone = torchvision.models.get_model(arch, norm_layer=BatchNorm)
     backbone.width, backbone.fc = backbone.fc.in_features, nn.Identity()
     if stem_stride != 4:
         backbone.conv1 = nn.Conv2d(3, 64, 3, stem_stride, 1, bias=False)
@@ -361,7 +362,8 @@ class Encoder(nn.Module):
 # constant; term by term:
 #     -2 E[z1.z2] = E |z1 - z2|^2 + const                       (invariance)
 #     w || E[z z^T] ||_F^2 = w sum_{d != e} cov_de^2 + const    (covariance; w = 2 cov_weight / inv_weight)
-# VICReg subtracts the mean for that, and its hinge keeps the variances, which the invariance term lowers, near 1.
+# VICReg sees to both: it subtracts the mean before the covariances, and its hinge keeps the variances near 1, which the
+# invariance term alone would shrink to 0.
 
 
 def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, rank=0, world_size=1):
@@ -494,6 +496,7 @@ def train(config, device):
         if run.start < steps:  # else the run was complete
             # BatchNorm's running statistics are of augmented patches, but the encoder will be used on plain ones:
             # replace them with statistics of 100 batches of plain patches.
+            # Not make_views: for another `augmented` it would be compiled again.
             plain = (training_views(batch, draw(step), config, augmented=False)
                      for step, batch, _ in batches(images, None, config, rows, device, 0, 100))
             with autocast(device):
@@ -642,7 +645,7 @@ def decode_folder(folder, names, size, cache):
     except OSError as error:
         raise UserError(f"cannot write decoded images to {cache} ({error}); give another --cache") from error
     finally:
-        if os.path.isfile(unfinished):
+        if os.path.isfile(unfinished):  # unlink(missing_ok=True) would raise if the parent is a file
             unfinished.unlink()
     return decoded
 
@@ -836,7 +839,7 @@ class NormalizeBatch(torch.autograd.Function):
 
 
 def parallelize_and_compile(encoder, make_views, config, device):
-    """Both functions as training calls them: the encoder under DDP, and both compiled as config.compile says."""
+    """The encoder, under DDP if there are several processes, and make_views; compiled if config.compile says so."""
     if dist.is_initialized():
         encoder = nn.parallel.DistributedDataParallel(encoder, gradient_as_bucket_view=True)  # copies rank 0's weights
         # BatchNorm's statistics are equal already. Set as an attribute, since Torch has renamed the argument.
@@ -929,7 +932,7 @@ class OnlineProbe(nn.Module):
 class Run:
     """Resumes, logs and saves a run of training; `after_step` is called after every step."""
 
-    def __init__(self, config, device, encoder, optimizer, steps, checkpoint, labels=None):
+    def __init__(self, config, device, encoder, optimizer, steps, checkpoint, labels):
         self.config, self.encoder, self.optimizer, self.steps = config, encoder, optimizer, steps
         self.out, self.start, self.probe = Path(config.out), 0, None
         self.state = {"encoder": encoder, "optimizer": optimizer}  # saved by their state_dict
@@ -943,14 +946,11 @@ class Run:
             if before != steps // config.epochs:
                 raise UserError(f"{self.out} holds a run of {before:,} steps per epoch, not "
                                 f"{steps // config.epochs:,}: the number of images has changed; give another --out")
+            probe = checkpoint.get("probe")
+            if self.probe and probe and len(probe["layers.1.bias"]) != self.probe.layers[1].out_features:
+                raise UserError(f"{self.out} holds a run on another number of classes; give another --out")
             for name in self.state.keys() & checkpoint.keys():
-                try:
-                    self.state[name].load_state_dict(checkpoint.pop(name))  # popped, so that its memory is freed
-                except RuntimeError as error:
-                    if name != "probe":
-                        raise
-                    raise UserError(f"{self.out} holds a run on another number of classes; give another "
-                                    f"--out") from error
+                self.state[name].load_state_dict(checkpoint.pop(name))  # popped, so that its memory is freed
             if RANK == 0 and log.exists():  # drop steps that run again, a torn line, the old config
                 lines += [line for line in log.read_text().splitlines(keepends=True)
                           if line.endswith("}\n") and 0 < json.loads(line)["step"] <= self.start]
@@ -986,12 +986,13 @@ class Run:
         done, last = step + 1, step + 1 == self.steps
         if done % LOG_EVERY and not last:
             return
+        # Of the next two numbers, the mean over processes is 0 unless some process has a signal, or rank 0 a save due.
         save_due = RANK == 0 and time.monotonic() - self.saved > 60 * self.config.save_every
         flags = torch.tensor([len(self.signals), save_due], dtype=torch.float32, device=loss.device)
         totals = torch.cat([self.sums / (done - self.logged), flags])
         if dist.is_initialized():  # so that all processes decide alike
             dist.all_reduce(totals)
-        *means, stop, due = (totals / WORLD_SIZE).tolist()  # stop and due: not 0 if any process says so
+        *means, stop, due = (totals / WORLD_SIZE).tolist()
         means = dict(zip(metrics, means))
         if not math.isfinite(means["loss"] + means["gradient_norm"]):
             raise FloatingPointError(
@@ -1007,7 +1008,7 @@ class Run:
         if stop:
             if RANK == 0:
                 print(f"stopped after step {done} of {self.steps} and saved; the same command continues it", flush=True)
-            sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
+            sys.exit(128 + (self.signals or [signal.SIGTERM])[0])  # no signal here: another process got one
 
     def report(self, done, means, h):
         """Add a line to log.jsonl. Every ten seconds, add the effective rank and the speed to it, and print it."""
@@ -1062,7 +1063,8 @@ class Progress:
         self.next = time.monotonic() + delay
 
     def due(self, last=False):
-        if due := RANK == 0 and (last or time.monotonic() >= self.next):
+        due = RANK == 0 and (last or time.monotonic() >= self.next)
+        if due:
             self.next = time.monotonic() + 10
         return due
 
@@ -1106,7 +1108,7 @@ def save_atomically(path, content):
             os.fsync(file.fileno())
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        if os.path.isfile(unfinished):
+        if os.path.isfile(unfinished):  # unlink(missing_ok=True) would raise if the parent is a file
             unfinished.unlink()
         raise UserError(f"cannot write {path} ({str(error).splitlines()[0]}); make room there, or use another folder. "
                         f"What was saved before is intact") from error
@@ -1156,11 +1158,13 @@ def parse_config(argv=None):
                "compile": ("auto", "yes", "no")}
     parser = Parser(prog="bagssl.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                     description=__doc__.partition("\n")[0] + " In brackets: defaults, which a preset may override.")
-    for name, field in Config.__dataclass_fields__.items():
-        several, default = isinstance(field.default, tuple), " ".join(map(str, np.atleast_1d(field.default)))
-        parser.add_argument("--" + name.replace("_", "-"), type=type(field.default[0] if several else field.default),
+    for field in fields(Config):
+        name, several = field.name, isinstance(field.default, tuple)
+        values = field.default if several else (field.default,)
+        default = " ".join(map(str, values))
+        parser.add_argument("--" + name.replace("_", "-"), type=type(values[0]),
                             nargs={"patch_scale": "+", "projector": 3}.get(name), choices=choices.get(name),
-                            metavar="X" if several else None if name in choices else name.upper(),
+                            metavar="X" if several else (None if name in choices else name.upper()),
                             help=comments[name].replace("%", "%%") + (f" [{default}]" if default else ""))
     given = vars(parser.parse_args(argv))
     cuda = torch.cuda.is_available() and given.get("device", "cuda").startswith("cuda")
