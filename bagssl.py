@@ -426,7 +426,7 @@ class BagOfPatches(nn.Module):
         for block in images.split(max(1, self.chunk // self.per_side ** 2)):
             patches = grid_patches(block, self.per_side, self.scale, self.size).flatten(0, 1)  # (b V, 3, s, s)
             x = normalize(patches).contiguous(memory_format=torch.channels_last)
-            h = torch.cat([self.backbone(some).float() for some in x.split(self.chunk)])  # (b V, width)
+            h = torch.cat([self.backbone(some).float() for some in x.split(self.chunk)])  # one bag may exceed a chunk
             bags.append(h.unflatten(0, (len(block), -1)).mean(1))
         return torch.cat(bags)
 
@@ -575,7 +575,7 @@ def load_folder(folder, split, size, cache=""):
         return None
     train, test = folder / "train", folder / ("val" if (folder / "val").is_dir() else "test")
     chosen = (test if split == "test" else train) if train.is_dir() else folder
-    found = torchvision.datasets.folder.make_dataset(  # {".": 0}: all of it, at any depth
+    found = torchvision.datasets.folder.make_dataset(  # {".": 0}: `chosen` as the only class, at any depth
         str(chosen), {".": 0}, torchvision.datasets.folder.IMG_EXTENSIONS, allow_empty=True)
     names = sorted(os.path.relpath(path, chosen) for path, _ in found)
     names = [name for name in names if f"{os.sep}." not in os.sep + name]  # skip hidden files and folders
@@ -619,7 +619,7 @@ def decode_folder(folder, names, size, cache):
     shape = (len(names), 3, size, size)
     broken, progress = [], Progress()
 
-    def decode(i):
+    def decode(i):  # into the memory map `pixels`, opened below
         try:
             pixels[i] = decode_image(paths[i], size)
         except Exception as error:  # whatever a decoder raises on a broken file
@@ -726,12 +726,13 @@ def render_part(part, side, rng, count):
     v = np.cos(angle) * (y - dy) - np.sin(angle) * (x - dx)
     radius, turn, detail = np.hypot(u, v), np.arctan2(v, u), np.pi * (1.2, 1.9, 2.7, 3.6)[level]
     wedge = 2 * np.pi / (level + 3)  # of a polygon
-    tone = (lambda: np.cos(detail * u),  # gratings
-            lambda: np.cos(detail * u) * np.cos(detail * v),  # checks
-            lambda: np.cos(detail * radius),  # rings
-            lambda: np.cos((level + 2) * turn),  # spokes
-            lambda: 5 - 8 * radius * np.cos(turn % wedge - wedge / 2),  # polygons
-            lambda: 3 * np.maximum(np.cos(detail * u), np.cos(detail * v)) - 2.4)[family]().clip(-1, 1)  # meshes
+    tones = (lambda: np.cos(detail * u),  # gratings
+             lambda: np.cos(detail * u) * np.cos(detail * v),  # checks
+             lambda: np.cos(detail * radius),  # rings
+             lambda: np.cos((level + 2) * turn),  # spokes
+             lambda: 5 - 8 * radius * np.cos(turn % wedge - wedge / 2),  # polygons
+             lambda: 3 * np.maximum(np.cos(detail * u), np.cos(detail * v)) - 2.4)  # meshes
+    tone = tones[family]().clip(-1, 1)  # only one of them is computed
     contrast = uniform(0.15, 0.4, 1) * rng.choice((-1, 1), (count, 1, 1, 1)) + uniform(-0.12, 0.12, 3)
     image = uniform(0.25, 0.75, 3) + contrast * tone[:, None] + rng.normal(0, 0.04, (count, 3, side, side))
     return (image.clip(0, 1) * 255).astype(np.uint8)
