@@ -40,7 +40,7 @@ from bagssl import RANK, WORLD_SIZE, BagOfPatches, Encoder, UserError
 def raw_pixels(images):
     """Images (B, 3, H, W), resized to a side of at most 32 and flattened: (B, 3 * side * side)."""
     side = min(32, images.shape[-1])
-    return torchvision.transforms.functional.resize(images, [side, side]).flatten(1).float()
+    return torchvision.transforms.functional.resize(images, [side, side]).flatten(1)
 
 
 @torch.no_grad()
@@ -117,16 +117,16 @@ def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3
         raise UserError(f"{len(train)} images are too few to fit a probe and choose its weight decay; give 10 or more")
     classes = int(train_labels.max()) + 1
     mean, std = train.mean(0), train.std(0)
-    std = std.where(std > 1e-6, 1.0)  # a constant feature is only centred, as a test image's may differ
+    std = std.where(std > 1e-6, 1.0)  # only centre constant features: a test image's may differ, and would explode
     train, test = (train - mean) / std, (test - mean) / std
     # On the CPU, as not every device has eigh; in float64, as float32 may not converge.
     axes = torch.linalg.eigh((train.T @ train).cpu().double()).eigenvectors.to(train)
     train, test = train @ axes, test @ axes  # a rotation: the penalty, and so the optimum, is the same
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(train.device)
-    held, kept = order[:len(order) // 10], order[len(order) // 10:]
+    held, kept = order.tensor_split([len(order) // 10])
     weights = fit_linear(train[kept], train_labels[kept], classes, decays)
     accuracy = [top_k(train[held] @ weight[:-1] + weight[-1], train_labels[held], 1) for weight in weights]
-    best = decays[accuracy.index(max(accuracy))]  # the first, and so the strongest, of equals
+    _, best = max(zip(accuracy, decays))  # the strongest of equally accurate ones
     weight, = fit_linear(train, train_labels, classes, [best])
     scores = test @ weight[:-1] + weight[-1]
     ks = (1, 5) if classes > 10 else (1,)
@@ -178,9 +178,10 @@ def named_tensors(content, name=""):
 def load_published(path, arch):
     """Load the backbone of a published ResNet: (the module in eval mode, its stem's stride).
 
-    The stride is 4 for a stem of 7 x 7, and assumed to be 1 for one of 3 x 3. The tensors are found by the sequence of
-    their shapes, so names and nesting do not matter. If several networks match (a momentum encoder, say), the first is
-    taken, and named in a message. Raises UserError if the file cannot be read, or nothing matches.
+    The stride is 4 for a stem of 7 x 7, and assumed to be 1 for one of 3 x 3. Inputs will be standardised by ImageNet's
+    mean and deviation, whatever the network was trained with. The tensors are found by the sequence of their shapes, so
+    names and nesting do not matter. If several networks match (a momentum encoder, say), the first is taken, and named
+    in a message. Raises UserError if the file cannot be read, or nothing matches.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # many checkpoints hold their arguments
@@ -195,7 +196,7 @@ def load_published(path, arch):
         starts = [i for i in range(len(theirs)) if theirs[i:i + len(ours)] == list(ours.values())]
         if starts:
             found = (tensor for _, tensor in tensors[starts[0]:])
-            backbone.load_state_dict(dict(zip(ours, found)), strict=False)  # num_batches_tracked is missing
+            backbone.load_state_dict(dict(zip(ours, found)))  # torch adds the missing num_batches_tracked
             if len(starts) > 1 and RANK == 0:
                 print(f"{path} holds {len(starts)} networks; taking the one that starts at {tensors[starts[0]][0]}, "
                       f"not at {', '.join(tensors[i][0] for i in starts[1:])}; to probe another, save it alone")
@@ -226,7 +227,7 @@ def load_model(arguments):
     # A copy is checked with the given scale: view_sizes needs the trained one.
     bagssl.check_config(dataclasses.replace(config, patch_scale=scale), processes=1)
     torch.manual_seed(config.seed)
-    untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()  # new BatchNorms are identities
+    untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()  # where its BatchNorms change nothing
     if config.arch == "patchnet":  # its whitening layer is computed, not learned: both have it
         untrained.backbone.whiten.load_state_dict(trained.backbone.whiten.state_dict())
     return trained, untrained.to(memory_format=torch.channels_last), config, step
@@ -251,7 +252,7 @@ def view_sizes(config, arguments):
 
 
 def add_arguments(parser):
-    """The flags that this script shares with .github/claims.py."""
+    """This script's flags, which .github/claims.py takes, too."""
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint.pt of a run of bagssl.py; with --arch, a published ResNet")
     add("--patches", type=int, nargs="+", default=[1, 4, 16], help="bag sizes, each a square number; default: 1 4 16")
@@ -292,13 +293,14 @@ def load_split(config, arguments, split):
 
 
 def save_results(arguments, show, **table):
-    """Add a line to eval.jsonl beside the checkpoint, in place of a line whose rows this table begins with, if any.
+    """Write `table` as a line of eval.jsonl beside the checkpoint.
 
-    show: "probe", or a claim of claims.py. The last item of `table` must hold the results: a list may grow between
+    It replaces an earlier line of the same table with the same or fewer rows, so a caller may save after each row.
+    show: "probe", or a claim of claims.py. The last item of `table` must be the results, which alone may grow between
     calls. A folder that cannot be written is only warned of, as the results are printed too.
     """
     path = Path(arguments.checkpoint).parent / "eval.jsonl"
-    line = json.dumps({"show": show, "checkpoint": str(arguments.checkpoint), "torch": torch.__version__, **table})
+    line = json.dumps({"show": show, "checkpoint": arguments.checkpoint, "torch": torch.__version__, **table})
     earlier = path.read_text().splitlines() if path.exists() else []
     # Without its closing brackets, the line of a shorter table is a prefix of this one.
     kept = [other for other in earlier if not line.startswith(other.removesuffix("]}"))]
@@ -307,7 +309,7 @@ def save_results(arguments, show, **table):
     except UserError as error:
         print(f"warning: {error}", file=sys.stderr, flush=True)
         return
-    if len(kept) == len(earlier):  # only once for a table that grows
+    if len(kept) == len(earlier):  # a table that replaces an earlier line was announced with that one
         print(f"added to {path}", flush=True)
 
 
@@ -327,7 +329,7 @@ def main():
     sides = sorted({math.isqrt(n) for n in arguments.patches})
     names = {side: f"bag of {side ** 2}" if side > 1 else "one patch, the centre" for side in sides}
     embedders = {name: BagOfPatches(trained.backbone, side, scale, size) for side, name in names.items()}
-    embedders["whole image, one pass"] = BagOfPatches(trained.backbone, 1, 1.0, whole_size, chunk=64)
+    embedders["whole image, one pass"] = BagOfPatches(trained.backbone, 1, 1.0, whole_size, chunk=64)  # larger inputs
     side = min(sides, key=lambda side: abs(side ** 2 - 16))
     embedders[f"untrained, {names[side]}"] = BagOfPatches(untrained.backbone.to(device), side, scale, size)
     embedders["raw pixels"] = raw_pixels

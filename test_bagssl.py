@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Tests of BagSSL: each promise against an independent reference. Run: python -m pytest -q"""
+"""Tests of BagSSL: each promise against an independent reference. Run: python -m pytest -q -n 2"""
 
 import copy
 import functools
@@ -1259,7 +1259,7 @@ def test_the_demo_learns(tmp_path):
              "bagssl.run_cli({}.main)")
     for name, arguments in (("bagssl", ["--preset", "demo", "--out", tmp_path, "--device", "cpu"]),
                             ("eval_linear", ["--checkpoint", tmp_path / "checkpoint.pt", "--patches", "1", "16"])):
-        finished = command("-c", fewer.format(name), *arguments, timeout=1200, OMP_NUM_THREADS="2")
+        finished = command("-c", fewer.format(name), *arguments, timeout=1200)
     top1 = {row["features"]: row["top1"] for row in json.loads((tmp_path / "eval.jsonl").read_text())["results"]}
     assert top1["bag of 16"] > top1["untrained, bag of 16"] + 5, finished.stdout
     assert top1["bag of 16"] > top1["one patch, the centre"] + 25, finished.stdout
