@@ -119,7 +119,10 @@ def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3
     mean, std = train.mean(0), train.std(0)
     std = std.where(std > 1e-6, 1.0)  # only centre constant features: a test image's may differ, and would explode
     train, test = (train - mean) / std, (test - mean) / std
-    # On the CPU, as not every device has eigh; in float64, as float32 may not converge.
+    if len(train) < train.shape[1]:  # for speed: the optimal weights lie in the span of the training images
+        basis = torch.linalg.qr(train.T.cpu()).Q.to(train)
+        train, test = train @ basis, test @ basis
+    # On the CPU, as not every device has qr and eigh; in float64, as float32 may not converge.
     axes = torch.linalg.eigh((train.T @ train).cpu().double()).eigenvectors.to(train)
     train, test = train @ axes, test @ axes  # a rotation: the penalty, and so the optimum, is the same
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(train.device)

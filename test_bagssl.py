@@ -1064,10 +1064,11 @@ def test_two_processes_have_the_gradients_of_one_and_compile_to_one_graph():
 # ------------------------------------------------------------------------------------------------------------ Probe
 
 
-def test_linear_probe_is_this_protocol():
+@pytest.mark.parametrize("width, spread", [(20, 1), (500, 0.2)])  # 500: more features than images
+def test_linear_probe_is_this_protocol(width, spread):
     """Standardise by the training set, choose the decay on a tenth of it, fit to all of it, and only then test."""
-    centres, labels = torch.randn(12, 20), torch.arange(12).repeat(40)
-    train, test = (20 * (centres[labels] + torch.randn(480, 20)) + 7 for _ in range(2))
+    centres, labels = torch.randn(12, width) * spread, torch.arange(12).repeat(40)
+    train, test = (20 * (centres[labels] + torch.randn(480, width)) + 7 for _ in range(2))
     test = test / 2 + 3  # so that its own mean and deviation would not do
     x, x_test = ((features - train.mean(0)) / train.std(0) for features in (train, test))
 
@@ -1082,7 +1083,7 @@ def test_linear_probe_is_this_protocol():
     held, kept = torch.randperm(480, generator=torch.Generator().manual_seed(0)).split([48, 432])
     scores = [accuracy(x[held], labels[held], fit(kept, decay)) for decay in decays]
     best = decays[scores.index(max(scores))]
-    assert best not in (decays[0], decays[-1])
+    assert best not in (decays[0], decays[-1]) or width == 500  # where all decays do equally well
     weight = fit(slice(None), best)
     found = eval_linear.linear_probe(train, labels, test, labels)
     assert found == {"top1": pytest.approx(accuracy(x_test, labels, weight), abs=0.3), "decay": best,
