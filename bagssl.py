@@ -91,8 +91,8 @@ class Config:
 CIFAR = dict(batch_size=64, projector=(1024, 1024, 1024), inv_weight=10.0)
 
 PRESETS = {
-    # Two patches of an image share little but its class, one of ten, so few dimensions of z suffice, and their two
-    # projections cannot agree closely: the invariance term stays large, and cov_weight is raised to match.
+    # Two patches of an image share little but its class, one of ten: few dimensions of z suffice. As their projections
+    # cannot agree closely, the invariance term stays large, and cov_weight is raised to match.
     "demo": dict(dataset="demo", image_size=80, patch_scale=(0.04,), batch_size=64, epochs=1, projector=(512, 512, 32),
                  cov_weight=10.0),
     "cifar10-cpu": dict(CIFAR, dataset="cifar10", epochs=18),  # half an hour on two cores, less on fast ones
@@ -130,8 +130,8 @@ def crop_patches(images, u, scale, size=None):
     images: (B, C, H, W), uint8 or float. u: (B, V, 3), uniform numbers in [0, 1): the vertical and the
     horizontal position, and the scale if that is a range. scale: the fraction of the image's area,
     or a range (low, high). size: the side to resize to, required for a range; None keeps the image's own pixels.
-    Returns (B, V, C, s, s) in the images' dtype. Raises ValueError unless 0 < low <= high <= 1 and, for a
-    range, size is given.
+    Returns (B, V, C, s, s) in the images' dtype. Raises ValueError unless scales are in (0, 1] and,
+    for a range, low <= high and size is given.
     """
     height, width = images.shape[-2:]
     if isinstance(scale, (tuple, list)):
@@ -362,8 +362,8 @@ class Encoder(nn.Module):
 # constant; term by term:
 #     -2 E[z1.z2] = E |z1 - z2|^2 + const                       (invariance)
 #     w || E[z z^T] ||_F^2 = w sum_{d != e} cov_de^2 + const    (covariance; w = 2 cov_weight / inv_weight)
-# VICReg sees to both: it subtracts the mean before the covariances, and its hinge keeps the variances near 1, which the
-# invariance term alone would shrink to 0.
+# VICReg sees to that mean and variance: it subtracts the mean before the covariances, and its hinge keeps the variances
+# near 1, while the invariance term alone would shrink them to 0.
 
 
 def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4, rank=0, world_size=1):
@@ -438,7 +438,7 @@ class BagOfPatches(nn.Module):
 # process draws the numbers of the whole batch and keeps those of its own images. So the patches do not depend on the
 # number of processes, and a resumed run draws the same images, crops and augmentations as an uninterrupted one. RANK is
 # this process's rank among WORLD_SIZE processes. `training_images` and `batches` are in *Images*; `gather`, `autocast`,
-# `generator_for` and `parallelize_and_compile` in *Processes*; `find_checkpoint` and `Run` in *The run*.
+# `generator_for` and `parallelize_and_compile` in *Processes*; `find_checkpoint`, `OnlineProbe` and `Run` in *The run*.
 
 
 def training_views(images, u, config, augmented=True):
@@ -528,7 +528,7 @@ def load_images(dataset, data="", split="train", image_size=32, cache="", seed=0
         dist.broadcast_object_list(found, RANK - LOCAL_RANK, node)
         dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=1)))  # other nodes may take longer
     (pixels, labels), source = found[0]
-    images = torch.from_numpy(np.load(pixels, mmap_mode="c") if isinstance(pixels, Path) else pixels)  # "c": writable
+    images = torch.from_numpy(np.load(pixels, mmap_mode="c") if isinstance(pixels, Path) else pixels)  # copy-on-write
     if RANK == 0:
         print(f"images:  {len(images):,} ({split}) from {source}", flush=True)
     return images, None if labels is None else torch.from_numpy(labels).long()
@@ -906,7 +906,7 @@ def generator_for(seed, purpose, index):
 # ----------------------------------------------------------------------------------------------------------------------
 # The run: its folder (log.jsonl, checkpoint.pt, backbone.pt), what it prints, how it ends
 
-LOG_EVERY = 10  # steps; in between, a compiled step does not wait for the device
+LOG_EVERY = 10  # steps between lines of the log, and between looks at signals; the others do not wait for the device
 
 
 class OnlineProbe(nn.Module):
@@ -987,7 +987,7 @@ class Run:
         done, last = step + 1, step + 1 == self.steps
         if done % LOG_EVERY and not last:
             return
-        # Of the next two numbers, the mean over processes is 0 unless some process has a signal, or rank 0 a save due.
+        # Averaged over the processes like the metrics: above 0, some process has a signal, or rank 0 has a save due.
         save_due = RANK == 0 and time.monotonic() - self.saved > 60 * self.config.save_every
         flags = torch.tensor([len(self.signals), save_due], dtype=torch.float32, device=loss.device)
         totals = torch.cat([self.sums / (done - self.logged), flags])
@@ -1116,10 +1116,10 @@ def save_atomically(path, content):
 
 
 def load_checkpoint(path):
-    """Read a checkpoint.pt. Returns its content, the encoder in eval mode, on the CPU, and its Config.
+    """Read a checkpoint.pt. Returns its content, the encoder (in eval mode, on the CPU) and its Config.
 
     The content is a dict of config, step, steps, encoder, optimizer and, with labels, probe and probe_optimizer. No
-    code in the file is run. Raises UserError if it is missing, damaged, or of another program or version.
+    code in the file is run. Raises UserError if the file is missing, damaged, or of another program or version.
     """
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}; train one with bagssl.py, which prints where it saves")
@@ -1137,7 +1137,7 @@ def load_checkpoint(path):
 
 
 def load_encoder(path):
-    """The encoder in eval mode, on the CPU, and its Config, from a checkpoint.pt; see `load_checkpoint`."""
+    """The encoder (in eval mode, on the CPU) and its Config, from a checkpoint.pt; see `load_checkpoint`."""
     return load_checkpoint(path)[1:]
 
 
