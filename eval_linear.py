@@ -6,34 +6,35 @@
 """Probe a BagSSL encoder: how well does the mean embedding of a bag of n patches predict an image's class?
 
     python eval_linear.py --checkpoint runs/demo/checkpoint.pt
-    torchrun --standalone --nproc_per_node=8 eval_linear.py --checkpoint runs/imagenet/checkpoint.pt --patches 1 4 16 64
+    python eval_linear.py --checkpoint runs/imagenet/checkpoint.pt --patches 1 4 16 64
     python eval_linear.py --checkpoint resnet50.pth --arch resnet50 --data FOLDER --image-size 224 --patch-scale 0.2 \
         --patch-size 224
 
 For each n, and for the whole image in one forward pass, it reports the accuracy of a linear probe (softmax regression
 on frozen, standardised features) and of a weighted kNN classifier on plain and on whitened features. Two controls need
-no training: raw pixels, and the same network untrained, with the bag size nearest to 16. The results are added to
+no training: raw pixels, and the same network untrained, with the bag size nearest to 16. Each row is added to
 eval.jsonl beside the checkpoint. The probe's weight decay is chosen on a held-out tenth of the training images; test
 images serve only for the accuracies reported.
 """
 
 import argparse
 import dataclasses
+import io
 import json
 import math
+import re
 import sys
-from datetime import timedelta
+import time
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 
 import bagssl
-from bagssl import RANK, WORLD_SIZE, BagOfPatches, Encoder, UserError
+from bagssl import BagOfPatches, Encoder, UserError
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Features
 
 
@@ -44,29 +45,27 @@ def raw_pixels(images):
 
 
 @torch.no_grad()
-def embed(embedder, images, device, name="", block=256):
-    """Embed uint8 images (N, 3, H, W), a block at a time: float32 (N, D), on the CPU.
+def embed(embedder, images, device, name=""):
+    """Embed uint8 images (N, 3, H, W), a few at a time: float32 (N, D), on the CPU.
 
-    embedder: (B, 3, H, W) -> (B, D), on `device`. name: for progress lines; if empty, none are printed. Under torchrun
-    each process embeds a part; rank 0 returns all features, the others None.
+    embedder: (B, 3, H, W) -> (B, D), on `device`. name: for progress lines; if empty, none are printed.
+    Raises UserError if features are not finite.
     """
-    count = math.ceil(len(images) / WORLD_SIZE)  # gather needs equal parts: the last image is repeated to fill them
-    mine = torch.arange(RANK * count, (RANK + 1) * count).clamp(max=len(images) - 1)
-    features, progress = [], bagssl.Progress()
-    for rows in mine.split(block):
+    block = max(1, 256 // getattr(embedder, "per_side", 1) ** 2)  # so that 256 patches are in memory at once
+    features, told = [], time.time()
+    for some in images.split(block):
         with bagssl.autocast(device):
-            features.append(embedder(images[rows].to(device)).float().cpu())
-        if name and progress.due():
-            done = min(len(images), len(features) * block * WORLD_SIZE)
-            print(f"{name}: {done:,} of {len(images):,} images", flush=True)
-    if dist.is_initialized():
-        own = torch.cat(features)
-        features = [torch.empty_like(own) for _ in range(WORLD_SIZE)] if RANK == 0 else None
-        dist.gather(own, features)
-    return torch.cat(features)[:len(images)] if RANK == 0 else None
+            features.append(embedder(some.to(device)).float().cpu())
+        if name and time.time() - told > 10:
+            told = time.time()
+            print(f"{name}: {len(features) * block:,} of {len(images):,} images", flush=True)
+    features = torch.cat(features)
+    if not features.isfinite().all():
+        raise UserError("the network's features are not finite: its training diverged, or the checkpoint is damaged")
+    return features
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Probes
 
 
@@ -165,75 +164,105 @@ def knn_probe(train, train_labels, test, test_labels, k=20, temperature=0.07, bl
     return 100 * correct / len(test)
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Networks
 
 
-def named_tensors(content, name=""):
-    """The (name, tensor) pairs in dicts nested to any depth, in order."""
-    if isinstance(content, torch.Tensor):
-        yield name, content
-    elif isinstance(content, dict):
-        for key, value in content.items():
-            yield from named_tensors(value, f"{name}.{key}" if name else str(key))
+def read_tensors(path):
+    """The tensors of a file saved by torch, in dicts nested to any depth: {their keys joined by dots: tensor}.
+
+    No code in the file is run. Raises UserError if it cannot be read.
+    """
+    try:
+        file = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from error
+    if file[8:9] == b"{":
+        raise UserError(f"{path} is a safetensors file; convert it: torch.save(safetensors.torch.load_file(PATH), PATH)")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # many checkpoints hold their arguments
+            content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch raises on a damaged or foreign file
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            raise
+        if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise UserError(f"{path} holds not only tensors and plain values but a {foreign[1]}, which could run code; "
+                            f"save the weights alone") from error
+        raise UserError(f"{path} is not a file saved by torch, or it is damaged") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors by name")
+
+    tensors = {}
+
+    def collect(prefix, value):
+        if isinstance(value, torch.Tensor):
+            tensors[prefix] = value
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                collect(f"{prefix}.{key}" if prefix else str(key), inner)
+
+    collect("", content)
+    return tensors
 
 
 def load_published(path, arch):
     """Load the backbone of a published ResNet: (the module in eval mode, its stem's stride).
 
     The stride is 4 for a stem of 7 x 7, and assumed to be 1 for one of 3 x 3. Inputs will be standardised by ImageNet's
-    mean and deviation, whatever the network was trained with. The tensors are found by the sequence of their shapes, so
-    names and nesting do not matter. If several networks match (a momentum encoder, say), the first is taken, and named
-    in a message. Raises UserError if the file cannot be read, or nothing matches.
+    mean and deviation, whatever the network was trained with. Tensors are found by name, under any prefix: either
+    torchvision's names, or those of an nn.Sequential of a ResNet's children. If several networks are found (a momentum
+    encoder, say), the first is taken, and named in a message. Raises UserError if none is found.
     """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # many checkpoints hold their arguments
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch raises on a missing, damaged or foreign file
-        raise UserError(f"{path} cannot be read ({type(error).__name__}); give a state dict saved by torch") from error
-    tensors = [(name, tensor) for name, tensor in named_tensors(content) if tensor.ndim]  # skip num_batches_tracked
-    theirs = [tensor.shape for _, tensor in tensors]
+    tensors = read_tensors(path)
+    numbers = {name: str(i) for i, (name, _) in enumerate(torchvision.models.get_model(arch).named_children())}
     for stride in (4, 1):
         backbone = bagssl.make_backbone(arch, stride)
-        ours = {name: tensor.shape for name, tensor in backbone.state_dict().items() if tensor.ndim}
-        starts = [i for i in range(len(theirs)) if theirs[i:i + len(ours)] == list(ours.values())]
-        if starts:
-            found = (tensor for _, tensor in tensors[starts[0]:])
-            backbone.load_state_dict(dict(zip(ours, found)))  # torch adds the missing num_batches_tracked
-            if len(starts) > 1 and RANK == 0:
-                print(f"{path} holds {len(starts)} networks; taking the one that starts at {tensors[starts[0]][0]}, "
-                      f"not at {', '.join(tensors[i][0] for i in starts[1:])}; to probe another, save it alone")
+        ours = {name: tensor for name, tensor in backbone.state_dict().items() if tensor.ndim}
+        found = {}  # {prefix: state dict}
+        for rename in (lambda name: name, lambda name: re.sub(r"^\w+", lambda first: numbers[first[0]], name)):
+            ends = [key.removesuffix(rename("conv1.weight")) for key in tensors if key.endswith(rename("conv1.weight"))]
+            for prefix in ends:
+                theirs = {name: tensors.get(prefix + rename(name)) for name in ours}
+                if prefix[-1:] in ("", ".") and all(tensor is not None and tensor.shape == ours[name].shape
+                                                    for name, tensor in theirs.items()):
+                    found[prefix] = theirs
+        if found:
+            (first, state), *others = found.items()
+            backbone.load_state_dict(backbone.state_dict() | state)  # theirs may lack num_batches_tracked
+            if others:
+                print(f"{path} holds {len(found)} networks; taking {first or 'the one without a prefix'}, not "
+                      f"{', '.join(prefix for prefix, _ in others)}; to probe another, save it alone")
             return backbone.eval().to(memory_format=torch.channels_last), stride
-    raise UserError(f"{path} holds no {arch}: the shapes of its {len(tensors)} tensors do not match; is --arch right?")
+    raise UserError(f"{path} holds no {arch}: looked for all its tensors by name and shape, such as conv1.weight and "
+                    f"layer1.0.bn1.weight, or 0.weight and 4.0.bn1.weight, after any prefix, but the file's names are "
+                    f"{', '.join(list(tensors)[:3])}, ...; is --arch right?")
 
 
 def load_model(arguments):
-    """The trained and an untrained network, on the CPU, the Config, and the step at which the first was saved.
+    """The trained and an untrained network, on the CPU, the Config, and the epoch at which the first was saved.
 
-    The arguments override the Config's fields, except for the scale. The step of another project's checkpoint is None.
+    The arguments override the Config's fields, except for the scale. Another project's checkpoint has no epoch.
     """
-    step = None
+    epoch = None
     if arguments.arch:
         trained = torch.nn.Module()  # stands in for an Encoder
         trained.backbone, stride = load_published(arguments.checkpoint, arguments.arch)
-        # The projector is not used.
-        config = bagssl.Config(dataset="", arch=arguments.arch, stem_stride=stride, projector=(1, 1, 1))
+        config = bagssl.Config(arch=arguments.arch, stem_stride=stride, projector=(1,))  # the projector is not used
     else:
-        content, trained, config = bagssl.load_checkpoint(arguments.checkpoint)
-        step = content["step"]
-        if step < content["steps"] and RANK == 0:
-            print(f"{arguments.checkpoint} is of step {step:,} of {content['steps']:,}: training has not ended")
-    for name in ("data", "cache", "image_size", "patch_size"):
-        if getattr(arguments, name) is not None:
-            setattr(config, name, getattr(arguments, name))
-    scale = config.patch_scale if arguments.patch_scale is None else (arguments.patch_scale,)
-    # A copy is checked with the given scale: view_sizes needs the trained one.
-    bagssl.check_config(dataclasses.replace(config, patch_scale=scale), processes=1)
+        saved, trained, config = bagssl.load_checkpoint(arguments.checkpoint)
+        epoch = saved["epoch"]
+        if epoch < config.epochs:
+            print(f"{arguments.checkpoint} is of epoch {epoch} of {config.epochs}: training has not ended")
+    given = {name: getattr(arguments, name) for name in ("data", "cache", "image_size", "patch_size")
+             if getattr(arguments, name) is not None}
+    config = dataclasses.replace(config, **given)
+    if arguments.patch_scale is not None:
+        dataclasses.replace(config, patch_scale=(arguments.patch_scale,))  # checks it
     torch.manual_seed(config.seed)
     untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()  # where its BatchNorms change nothing
     if config.arch == "patchnet":  # its whitening layer is computed, not learned: both have it
         untrained.backbone.whiten.load_state_dict(trained.backbone.whiten.state_dict())
-    return trained, untrained.to(memory_format=torch.channels_last), config, step
+    return trained, untrained.to(memory_format=torch.channels_last), config, epoch
 
 
 def view_sizes(config, arguments):
@@ -250,12 +279,12 @@ def view_sizes(config, arguments):
     return scale, size, whole_size
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def add_arguments(parser):
-    """This script's flags, which .github/claims.py takes, too."""
+def parse_arguments(parser):
+    """Parse this script's flags, which .github/claims.py takes, too; raises UserError at the first that cannot work."""
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint.pt of a run of bagssl.py; with --arch, a published ResNet")
     add("--patches", type=int, nargs="+", default=[1, 4, 16], help="bag sizes, each a square number; default: 1 4 16")
@@ -265,63 +294,51 @@ def add_arguments(parser):
     add("--image-size", type=int, help="side of the images; default: as trained")
     add("--arch", choices=["resnet18", "resnet34", "resnet50"], help="network of another project's checkpoint; "
         "needs --data, --image-size and --patch-scale")
-    add("--data", help="folder with the images; default: as trained")
-    add("--cache", help="folder for decoded images; default: as trained")
+    add("--data", help="demo, cifar10, cifar100, or a folder of images; default: as trained")
+    add("--cache", help="folder for downloads and decoded images; default: as trained")
     add("--train-images", type=int, default=0, help="fit the probes on at most this many, drawn at random; 0: all")
     add("--test-images", type=int, default=0, help="test on at most this many; 0: all")
-    add("--device", default="", help="cuda, mps or cpu; default: the best there is")
-
-
-def check_arguments(arguments):
-    """Raise UserError at the first invalid argument; `load_model` checks those that override the config."""
+    add("--device", choices=["cuda", "mps", "cpu"], default=bagssl.DEVICE, help="default: the best there is")
+    arguments = parser.parse_args()
     wrong = [n for n in arguments.patches if n < 1 or math.isqrt(n) ** 2 != n]
     if wrong:
         raise UserError(f"a bag is a square grid of patches: --patches takes 1, 4, 9, 16, ..., not {wrong[0]}")
     if 0 < arguments.train_images < 10 or min(arguments.train_images, arguments.test_images) < 0:
         raise UserError("--train-images must be 0 (all) or at least 10, and --test-images 0 (all) or more")
-    needed = [f"--{name.replace('_', '-')}" for name in ("data", "image_size", "patch_scale")
-              if getattr(arguments, name) is None]
-    if arguments.arch and needed:
-        raise UserError(f"a checkpoint of another project does not say how it was trained: give {', '.join(needed)}")
+    if arguments.arch and None in (arguments.data, arguments.image_size, arguments.patch_scale):
+        raise UserError("a checkpoint of another project does not say how it was trained: give --data, --image-size "
+                        "and --patch-scale")
+    if bagssl.WORLD_SIZE > 1:
+        raise UserError("probing runs in one process: start it with python, not torchrun")
+    return arguments
 
 
 def load_split(config, arguments, split):
-    """The images and labels of a split of the config's dataset, or as many as the arguments say, drawn at random."""
-    images, labels = bagssl.load_images(config.dataset, config.data, split, config.image_size, config.cache,
-                                        config.seed)
+    """The images and labels of a split of the config's data, or as many as the arguments say, drawn at random."""
+    images, labels = bagssl.load_images(config.data, split, config.image_size, config.cache)
+    if labels is None:
+        raise UserError(f"{config.data} has training images without a class, but a probe needs labels: each must lie "
+                        f"in a class folder of train/")
     if limit := getattr(arguments, f"{split}_images"):
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit]
         images, labels = images[chosen], labels[chosen]
     return images, labels
 
 
-def save_results(arguments, show, **table):
-    """Write `table` as a line of eval.jsonl beside the checkpoint.
-
-    It replaces an earlier line of the same table with the same or fewer rows, so a caller may save after each row.
-    show: "probe", or a claim of claims.py. The last item of `table` must be the results, which alone may grow between
-    calls. A folder that cannot be written is only warned of, as the results are printed too.
-    """
-    path = Path(arguments.checkpoint).parent / "eval.jsonl"
-    line = json.dumps({"show": show, "checkpoint": arguments.checkpoint, "torch": torch.__version__, **table})
-    earlier = path.read_text().splitlines() if path.exists() else []
-    # Without its closing brackets, the line of a shorter table is a prefix of this one.
-    kept = [other for other in earlier if not line.startswith(other.removesuffix("]}"))]
+def save_row(arguments, **row):
+    """Add a line to eval.jsonl beside the checkpoint; if that fails, only warn, as results are printed too."""
+    path = Path(arguments.checkpoint).with_name("eval.jsonl")
     try:
-        bagssl.save_atomically(path, "\n".join([*kept, line, ""]).encode())
-    except UserError as error:
-        print(f"warning: {error}", file=sys.stderr, flush=True)
-        return
-    if len(kept) == len(earlier):  # a table that replaces an earlier line was announced with that one
-        print(f"added to {path}", flush=True)
+        with open(path, "a") as file:  # one write, at the end of the file: two probes at once lose nothing
+            file.write(json.dumps({"checkpoint": arguments.checkpoint, "torch": torch.__version__, **row}) + "\n")
+    except OSError as error:
+        print(f"warning: not added to {path} ({error.strerror})", file=sys.stderr, flush=True)
 
 
 def main():
-    parser = bagssl.Parser(prog="eval_linear.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
-    add_arguments(parser)
-    arguments = parser.parse_args()
-    check_arguments(arguments)
-    trained, untrained, config, step = load_model(arguments)
+    arguments = parse_arguments(argparse.ArgumentParser(
+        usage="eval_linear.py --checkpoint FILE [FLAG VALUE ...]; --help lists the flags", allow_abbrev=False))
+    trained, untrained, config, epoch = load_model(arguments)
     device = bagssl.start_process(arguments.device)
     torch.set_float32_matmul_precision("highest")  # TensorFloat-32 is too coarse for L-BFGS
     scale, size, whole_size = view_sizes(config, arguments)
@@ -332,30 +349,21 @@ def main():
     sides = sorted({math.isqrt(n) for n in arguments.patches})
     names = {side: f"bag of {side ** 2}" if side > 1 else "one patch, the centre" for side in sides}
     embedders = {name: BagOfPatches(trained.backbone, side, scale, size) for side, name in names.items()}
-    embedders["whole image, one pass"] = BagOfPatches(trained.backbone, 1, 1.0, whole_size, chunk=64)  # larger inputs
+    embedders["whole image, one pass"] = BagOfPatches(trained.backbone, 1, 1.0, whole_size)
     side = min(sides, key=lambda side: abs(side ** 2 - 16))
     embedders[f"untrained, {names[side]}"] = BagOfPatches(untrained.backbone.to(device), side, scale, size)
     embedders["raw pixels"] = raw_pixels
-
-    # Rank 0 fits the probes while the others wait, longer than the default group's time-out allows.
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if dist.is_initialized() else None
-    results = []
+    setting = dict(show="probe", epoch=epoch, data=config.data, image_size=config.image_size, patch_scale=scale,
+                   patch_size=size, train_images=len(train_images), test_images=len(test_images))
     for name, embedder in embedders.items():
-        train = embed(embedder, train_images, device, f"{name}, train")
-        test = embed(embedder, test_images, device, f"{name}, test")
-        if RANK == 0:
-            train, y, test, test_y = (part.to(device) for part in (train, train_labels, test, test_labels))
-            row = {"features": name, **linear_probe(train, y, test, test_y), "knn": knn_probe(train, y, test, test_y)}
-            train, test = whiten(train, test)
-            row["knn_whitened"] = knn_probe(train, y, test, test_y)
-            columns = [f"{key} {row[key]:5.2f} %" for key in ("top1", "top5", "knn", "knn_whitened") if key in row]
-            print(f"{name:{max(map(len, embedders))}}", *columns, sep="  ", flush=True)
-            results.append(row)
-            save_results(arguments, "probe", step=step, data=config.data or config.dataset,
-                         image_size=config.image_size, patch_scale=scale, patch_size=size,
-                         train_images=len(train_images), test_images=len(test_images), results=results)
-        if group:
-            dist.barrier(group)
+        train = embed(embedder, train_images, device, f"{name}, train").to(device)
+        test = embed(embedder, test_images, device, f"{name}, test").to(device)
+        y, test_y = train_labels.to(device), test_labels.to(device)
+        row = {**linear_probe(train, y, test, test_y), "knn": knn_probe(train, y, test, test_y),
+               "knn_whitened": knn_probe(*(x for pair in zip(whiten(train, test), (y, test_y)) for x in pair))}
+        columns = [f"{key} {row[key]:5.2f} %" for key in ("top1", "top5", "knn", "knn_whitened") if key in row]
+        print(f"{name:{max(map(len, embedders))}}", *columns, sep="  ", flush=True)
+        save_row(arguments, **setting, features=name, **row)
 
 
 if __name__ == "__main__":

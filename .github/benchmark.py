@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""How fast bagssl.py is on this machine.
+"""How fast bagssl.py is on this machine, and what a run computes.
 
     python .github/benchmark.py ratios                         # each fast piece against the plain way
-    python .github/benchmark.py profile --preset cifar10-cpu   # where a training step's time goes
+    python .github/benchmark.py profile --preset cifar10-cpu   # a training step, operation by operation
     torchrun --standalone --nproc_per_node=2 .github/benchmark.py profile --preset cifar10-cpu
+    python .github/benchmark.py flops --preset cifar10-cpu     # the operations of a run, counted
     python .github/benchmark.py scale --preset imagenet --processes 1 8 64 512   # a step on many GPUs, simulated
 
-`ratios` needs no data and runs on the CPU: the images are noise; patches, network and loss are those of the preset
-cifar10-cpu. `profile` and `scale` take any flag of bagssl.py. Nothing is trained, and nothing is written but decoded or
-downloaded images. `scale` needs no data and no GPU: one process of many runs a step on tensors that have a shape and
-no content, and its operations, memory and communication are counted.
+`ratios` runs on the CPU; patches, network and loss are those of the preset cifar10-cpu. The others take any flag of
+bagssl.py. The images are noise, and nothing is trained or written. `flops` and `scale` run a step on tensors that have
+a shape and no content, so they need no GPU.
 """
 
 import argparse
@@ -22,13 +22,11 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -41,7 +39,6 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bagssl
 import eval_linear
-from bagssl import RANK, WORLD_SIZE
 
 CPU = torch.device("cpu")
 
@@ -76,122 +73,70 @@ def make_optimizer(encoder, config):
                            weight_decay=config.weight_decay, fused=True)
 
 
-def make_input(batch, step, config, views=bagssl.training_views):
-    u = torch.rand(config.batch_size, config.num_patches, 11,
-                   generator=bagssl.generator_for(config.seed, "patches", step))
-    return views(batch, u.chunk(WORLD_SIZE)[RANK].to(batch.device), config)
-
-
-def train_step(x, model, optimizer, config, part=contextlib.nullcontext):
-    """What follows the input x in a step; `part(name)` is a context for each part."""
+def train_step(x, model, optimizer, config):
+    """What follows the input x in a step."""
     with bagssl.autocast(x.device):
         _, z = model(x)
-    with part("gather + loss"):
-        z = bagssl.gather(z.unflatten(0, (-1, config.num_patches)))
-        loss, _ = bagssl.vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight,
-                                     rank=RANK, world_size=WORLD_SIZE)
-    with part("backward"):
-        optimizer.zero_grad()
-        loss.backward()
-    with part("clip + optimiser"):
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip)
-        optimizer.step()
+    z = bagssl.gather(z.unflatten(0, (-1, config.num_patches)))
+    loss, _ = bagssl.vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip)
+    optimizer.step()
 
 
-# --------------------------------------------------------------------------------------------------
-# profile
-
-
-def profile(flags, warm_up=3, rounds=20):
-    """Print the median times of the parts of a step, of the whole step, and of the step on a ready input.
-
-    Each part is timed alone; a whole step overlaps what it can. The parts run without DistributedDataParallel, so
-    the all-reduce of the gradients, which it overlaps with the backward pass, is a part of its own. All other
-    communication counts where it happens: in the forward and backward passes and in the loss.
-    """
+def profile(flags, warm_up=5, rounds=20):
+    """Print the median time of a step, its rate beside that of a large matrix product, and its operations."""
     config = bagssl.parse_config(flags)
-    bagssl.check_config(config, WORLD_SIZE)
-    device = bagssl.start_process(config.device)
-
-    images, labels = bagssl.training_images(config, device)
-    steps = config.epochs * (len(images) // config.batch_size)
-    encoder = bagssl.Encoder(config.arch, config.stem_stride, config.projector)
-    encoder.to(device, memory_format=torch.channels_last)
+    device, b = bagssl.start_process(config.device), config.batch_size // bagssl.WORLD_SIZE
+    images = torch.randint(256, (b, 3, config.image_size, config.image_size), dtype=torch.uint8, device=device)
+    u, times = torch.rand(b, config.num_patches, 11, device=device), defaultdict(list)
+    encoder, views = bagssl.Encoder(config.arch, config.stem_stride, config.projector), bagssl.training_views
+    model = encoder.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(encoder, config)
-    model, views = bagssl.parallelize_and_compile(encoder, bagssl.training_views, config, device)
-    backbone, projector = encoder.backbone, encoder.projector
-    if views is not bagssl.training_views:  # compiled, as the backbone and the projector are within the model
-        backbone, projector = torch.compile(backbone), torch.compile(projector)
-
-    b, times = config.batch_size // WORLD_SIZE, defaultdict(list)
-    mine = slice(RANK * b, (RANK + 1) * b)
-    gradients = torch.zeros(sum(p.numel() for p in encoder.parameters() if p.requires_grad), device=device)
-
-    def part(name):
-        return timed(name, times, device)
-
-    def encoder_in_parts(x):
-        with part("backbone"):
-            h = backbone(x)
-        with part("projector"):
-            return h, projector(h)
-
-    reading_ahead = bagssl.batches(images, labels, config, mine, device, 0, sys.maxsize)
-    for step in range(warm_up + rounds):
-        if step == warm_up:
-            times.clear()
-        batch = next(reading_ahead)[1]
-        with part("crop + augment"):
-            x = make_input(batch, step, config, views)
-        train_step(x, encoder_in_parts, optimizer, config, part)
-        if WORLD_SIZE > 1:
-            with part("gradient all-reduce"):
-                dist.all_reduce(gradients)
-        with part("step"):
-            train_step(make_input(next(reading_ahead)[1], step, config, views), model, optimizer, config)
-        with part("step on a ready input"):
-            train_step(x, model, optimizer, config)
-    reading_ahead.close()
+    if bagssl.WORLD_SIZE > 1:
+        model = nn.parallel.DistributedDataParallel(encoder)
+        model.broadcast_buffers = False
+    if config.compile:
+        model, views = torch.compile(model), torch.compile(views)
+    for _ in range(warm_up + rounds):
+        with timed("step", times, device):
+            train_step(views(images, u, config), model, optimizer, config)
     memory = peak_memory(device)
+    with torch.profiler.profile() as operations:
+        for _ in range(rounds):
+            train_step(views(images, u, config), model, optimizer, config)
+    flop = 1e12 * count_step(config, bagssl.WORLD_SIZE)[0]
 
-    with FlopCounterMode(display=False) as counter:
-        train_step(x, encoder, optimizer, config)
-    side, dtype = 8192 if device.type == "cuda" else 2048, torch.bfloat16 if bagssl.has_bf16(device) else torch.float32
-    square, products = torch.randn(side, side, device=device, dtype=dtype), defaultdict(list)
+    with bagssl.autocast(device):
+        dtype = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
+    side = 8192 if device.type == "cuda" else 2048
+    square = torch.randn(side, side, device=device, dtype=dtype)
     for _ in range(10):
-        with timed("product", products, device):
+        with timed("product", times, device):
             square @ square
-
-    if RANK == 0:
-        parts = {name: float(np.median(seconds)) for name, seconds in times.items()}
-        whole, ready, total = parts.pop("step"), parts.pop("step on a ready input"), sum(parts.values())
-        added = np.median(np.divide(times["step"], times["step on a ready input"])) - 1  # in pairs: drift cancels
-        flop, patches = counter.get_total_flops(), config.batch_size * config.num_patches
-        rate, limit = flop / whole / 1e9, 2 * side ** 3 / min(products["product"]) / 1e9
-        print(f"\n{'part of a step':22}      ms  share")
-        for name, seconds in parts.items():
-            print(f"{name:22}{1e3 * seconds:8.1f}  {seconds / total:5.1%}")
-        print(f"{'sum of the parts':22}{1e3 * total:8.1f}\n"
-              f"{'step':22}{1e3 * whole:8.1f}  {patches / whole:,.0f} patches/s, "
-              f"{timedelta(seconds=round(steps * whole))} for the run of {steps:,} steps\n"
-              f"{'step on a ready input':22}{1e3 * ready:8.1f}  input adds {added:.1%}\n\n"
-              f"{flop / 1e9:,.1f} GFLOP per step and process, {rate:,.0f} GFLOP/s: {rate / limit:.0%} of the "
-              f"{limit:,.0f} of a large {str(dtype)[6:]} matrix product\n"
-              f"peak memory {memory:.1f} GB per process; {torch.get_num_threads()} threads; torch {torch.__version__}")
+    if bagssl.RANK == 0:
+        seconds = float(np.median(times["step"][warm_up:]))
+        rate, limit = flop / seconds / 1e9, 2 * side ** 3 / min(times["product"]) / 1e9
+        by = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+        print(operations.key_averages().table(by, row_limit=16, max_name_column_width=60))
+        print(f"step {1e3 * seconds:.1f} ms, {config.batch_size * config.num_patches / seconds:,.0f} patches/s; "
+              f"{flop / 1e9:,.1f} GFLOP per process, {rate:,.0f} GFLOP/s: {rate / limit:.0%} of the {limit:,.0f} of a "
+              f"large {str(dtype)[6:]} matrix product; peak memory {memory:.1f} GB per process; "
+              f"{torch.get_num_threads()} threads; torch {torch.__version__}")
 
 
 # --------------------------------------------------------------------------------------------------
-# scale
+# flops, scale: a step on tensors without content
 
 
 class Communication(TorchDispatchMode):
     """Counts the collective operations of the block: [calls, bytes] of each kind.
 
-    Bytes are counted over the rows of all processes: what a gather returns, the tensor that a sum or a reduce-scatter
-    adds up.
+    Bytes are counted over the rows of all processes: what a gather returns, the tensor that a sum adds up.
     """
 
-    KINDS = {"_allgather_base_": "gather", "allreduce_": "sum", "_reduce_scatter_base_": "scatter"}
+    KINDS = {"allgather_": "gather", "allreduce_": "sum"}
 
     def __init__(self):
         super().__init__()
@@ -201,24 +146,26 @@ class Communication(TorchDispatchMode):
         if function.namespace == "c10d":
             count = self.counts[self.KINDS[function._schema.name.removeprefix("c10d::")]]
             count[0] += 1
-            count[1] += max(sum(leaf.nbytes for leaf in tree_leaves(argument) if isinstance(leaf, torch.Tensor))
-                            for argument in args[:2])  # of input and output, the larger
+            count[1] += sum(leaf.nbytes for leaf in tree_leaves(args[0]) if isinstance(leaf, torch.Tensor))
         return function(*args, **kwargs or {})
 
 
 def count_step(config, processes, bucket=25 * 2 ** 20):
     """TFLOP, peak GB, and [calls, bytes] of each kind of communication of one process in a step of `processes`.
 
-    Simulated, on tensors without content, with the network in bfloat16, as on a GPU.
-    DistributedDataParallel cannot be simulated: its sum of the gradients is done here by hand.
+    The network is in bfloat16, as on a GPU. DistributedDataParallel cannot be simulated: its sum of the gradients is
+    done here by hand.
     """
-    if processes > 1:
+    before, began = bagssl.WORLD_SIZE, processes > 1 and not dist.is_initialized()
+    bagssl.WORLD_SIZE = processes
+    if began:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
         with FakeTensorMode():
             return count_fake_step(config, processes, bucket)
     finally:
-        if processes > 1:
+        bagssl.WORLD_SIZE = before
+        if began:
             dist.destroy_process_group()
 
 
@@ -242,45 +189,45 @@ def count_fake_step(config, processes, bucket):
         with torch.autocast("cpu", torch.bfloat16):
             _, z = encoder(x)
         z = bagssl.gather(z.unflatten(0, (-1, config.num_patches)))
-        loss, _ = bagssl.vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight, world_size=processes)
+        loss, _ = bagssl.vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight)
         loss.backward()
         if processes > 1:
             for part in gradients.split(bucket // gradients.itemsize):
                 dist.all_reduce(part)
         optimizer.step()
-    peak = memory.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    peak = memory.get_tracker_snapshot("peak")[CPU]["Total"]
     return flops.get_total_flops() / 1e12, peak / 1e9, communication.counts
 
 
-def scale(flags):
-    """Print what a step costs each of several numbers of processes, and how long the run would take."""
-    parser = bagssl.Parser(prog="benchmark.py scale", description=scale.__doc__, allow_abbrev=False)
-    add = parser.add_argument
-    add("--processes", type=int, nargs="+", default=[1, 8, 64, 512], help="numbers of processes")
-    add("--images", type=int, default=1_281_167, help="images in the training set; default: ImageNet's")
-    add("--tflops", type=float, default=160, help="TFLOP/s of each process; default: a sixth of an H100's peak")
-    add("--per-node", type=int, default=8, help="processes of a node")
-    add("--gb-within", type=float, default=150, help="GB/s that a process sends within its node")
-    add("--gb-between", type=float, default=25, help="GB/s that a process sends to other nodes")
+def count_run(flags):
+    """Print the operations of a step and of a run, a multiply-add as two, elementwise operations not counted."""
+    parser = argparse.ArgumentParser(prog="benchmark.py flops", description=count_run.__doc__, allow_abbrev=False)
+    parser.add_argument("--images", type=int, help="in the training set; default: as the preset's data set has")
     ours, flags = parser.parse_known_args(flags)
-    if min(*ours.processes, ours.tflops, ours.per_node, ours.gb_within, ours.gb_between) <= 0:
-        parser.error("--processes, --tflops, --per-node, --gb-within and --gb-between must be above 0")
+    config = bagssl.parse_config(flags)
+    images = ours.images or {"demo": 2_000, "imagenet": 1_281_167}.get(config.preset, 50_000)
+    steps, tflop = config.epochs * (images // config.batch_size), count_step(config, 1)[0]
+    patches = config.batch_size * config.num_patches
+    print(f"{1e3 * tflop:,.4g} GFLOP a step of {patches:,} patches; {steps:,} steps of {config.epochs} epochs, "
+          f"{steps * patches:,} patches, {steps * tflop / 1e3:.3g} PFLOP")
+
+
+def scale(flags):
+    """Print the operations, memory and communication of a process's step, for several numbers of processes."""
+    parser = argparse.ArgumentParser(prog="benchmark.py scale", description=scale.__doc__, allow_abbrev=False)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 8, 64, 512], help="numbers of processes")
+    ours, flags = parser.parse_known_args(flags)
     config = bagssl.parse_config(flags)
     print(f"{config.arch}, projector {' '.join(map(str, config.projector))}, B = {config.batch_size}, "
-          f"V = {config.num_patches}; {ours.tflops:g} TFLOP/s, {ours.gb_within:g} and {ours.gb_between:g} GB/s\n"
-          f"a step: MB (calls) of communication; the run of {config.epochs} epochs: hours of compute + communication\n"
-          f"processes  images each   TFLOP  peak GB" + "".join(f"{kind:>15}" for kind in Communication.KINDS.values()) +
-          "    hours")
+          f"V = {config.num_patches}; a step's communication: MB (calls)\n"
+          f"processes  images each   TFLOP  peak GB" + "".join(f"{kind:>15}" for kind in Communication.KINDS.values()))
     for n in ours.processes:
-        bagssl.check_config(config, n)
+        if n < 1 or config.batch_size % n:
+            parser.error(f"{config.batch_size} images cannot be divided among {n} processes")
         tflop, peak, counts = count_step(config, n)
-        steps = config.epochs * (ours.images // config.batch_size)
-        sizes = [size for _, size in counts.values()]
-        sent = (n - 1) / n * (sum(sizes) + counts["sum"][1])  # in rings, where a sum goes round twice
-        seconds = sent / 1e9 / (ours.gb_within if n <= ours.per_node else ours.gb_between)
         columns = [f"{size / 1e6:,.1f} ({calls})" for calls, size in counts.values()]
         print(f"{n:9}  {config.batch_size // n:11}  {tflop:6.3g}  {peak:7.1f}", *(f"{text:>13}" for text in columns),
-              f"{steps * tflop / ours.tflops / 3600:7.1f} + {steps * seconds / 3600:.1f}", sep="  ", flush=True)
+              sep="  ", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -330,8 +277,8 @@ def loader(images, crop):
 
 def inputs(images, views=bagssl.training_views):
     """Our input pipeline: the encoder's input for each batch of the images."""
-    for step, batch in enumerate(images.split(CONFIG.batch_size)):
-        yield make_input(batch, step, CONFIG, views)
+    for batch in images.split(CONFIG.batch_size):
+        yield views(batch, torch.rand(len(batch), CONFIG.num_patches, 11), CONFIG)
 
 
 def compare_input(images):
@@ -385,8 +332,8 @@ def compare_bag(images):
     backbone = bagssl.make_backbone(CONFIG.arch).eval().to(memory_format=torch.channels_last)
     patches = torch.randn(1024, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     bag = bagssl.BagOfPatches(backbone, 4, 0.25)
-    compare("bag", 9, {"backbone alone": lambda: [backbone(some) for some in patches.split(bag.chunk)],
-                       "BagOfPatches": lambda: bag(images[:64])}, len(patches))
+    compare("bag", 9, {"backbone alone": lambda: [backbone(some) for some in patches.split(256)],
+                       "BagOfPatches": lambda: [bag(some) for some in images[:64].split(16)]}, len(patches))
 
 
 def compare_training(images):
@@ -448,8 +395,8 @@ def time_decoding(count=512):
 
 def ratios():
     """Print all comparisons. In each the candidates take turns, so that all see the same machine."""
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {torch.get_num_threads()} threads, "
-          f"{torch.backends.cpu.get_cpu_capability()}, {'bfloat16' if bagssl.has_bf16(CPU) else 'float32'}", flush=True)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
+          f"{'bfloat16' if bagssl.autocast(CPU)._enabled else 'float32'}", flush=True)
     noise = torch.randint(256, (1024, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     compare_input(noise)
     compare_losses()
@@ -461,12 +408,12 @@ def ratios():
 
 
 def main():
-    parser = bagssl.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["ratios", "profile", "scale"])
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="for profile and scale, those of bagssl.py")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["ratios", "profile", "flops", "scale"])
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="those of bagssl.py; ratios takes none")
     arguments = parser.parse_args()
     if arguments.command != "ratios":
-        {"profile": profile, "scale": scale}[arguments.command](arguments.flags)
+        {"profile": profile, "flops": count_run, "scale": scale}[arguments.command](arguments.flags)
     elif arguments.flags:
         parser.error("ratios takes no flags")
     else:

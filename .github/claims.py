@@ -7,11 +7,11 @@
 
 parts: is the embedding of a whole image close to the mean embedding of its patches? locality: what do the
 embedding h and the projection z know about a patch? It also draws RUN/neighbours.png. cooccurrence: are
-parts that occur together close in z? Each adds a line to RUN/eval.jsonl. All run in one process, and use no
-training images. Only parts uses --patches; cooccurrence has images and patches of its own.
+gratings that occur together close in z? Each adds its rows to RUN/eval.jsonl. All use no training images. Only parts
+uses --patches; cooccurrence has images and patches of its own.
 """
 
-import dataclasses
+import argparse
 import math
 import sys
 from pathlib import Path
@@ -57,7 +57,7 @@ def show_parts(arguments, trained, untrained, config):
     results = []
 
     def embed(network, per_side, scale, size, name):
-        bag = BagOfPatches(network.backbone, per_side, scale, size, chunk=64)  # as eval_linear.py does
+        bag = BagOfPatches(network.backbone, per_side, scale, size)
         return eval_linear.embed(bag, images, next(network.parameters()).device, name)
 
     for prefix, network in (("", trained), ("untrained, ", untrained)):
@@ -69,7 +69,7 @@ def show_parts(arguments, trained, untrained, config):
     print(f"\n{'cosine to the whole image':33}  same image  same class  other class")
     for row in results:
         print("{features:33}  {same image:10.3f}  {same class:10.3f}  {other class:11.3f}".format(**row))
-    return dict(patch_scale=scale, patch_size=size, test_images=len(images), results=results)
+    return results
 
 
 # --------------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def show_locality(arguments, trained, untrained, config):
     draw_neighbours(picture, trained, images, scale, size)
     print(f"R^2 of a ridge regression on held-out images; class: accuracy of a linear probe\n"
           f"nearest neighbours drawn in {picture}")
-    return dict(patch_scale=scale, patch_size=size, test_images=len(images), results=results)
+    return [{"features": name, **values} for name, values in results.items()]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -192,35 +192,32 @@ def show_locality(arguments, trained, untrained, config):
 # the truth is known
 
 
-def part_similarity(encoder, image_size, seed=0, count=400, size=None):
-    """Correlation, over pairs of different types of part, of their learned similarity with the true one.
+def grating_similarity(encoder, image_size, size=None, count=400):
+    """Correlation, over pairs of different gratings, of their learned similarity with the true one.
 
-    Learned: the inner product of the types' centred mean projections z. True: the density ratio that the paper's
-    L_C fits, p(a, b) / (p(a) p(b)). The parts are the cells of `count` new images, resized to `size` if given.
+    Learned: the inner product of the gratings' centred mean projections z. True: the density ratio that the paper's
+    L_C fits, p(a, b) / (p(a) p(b)). Taken from the cells of `count` new images, resized to `size` if given.
     """
-    world = torch.from_numpy(bagssl.demo_probabilities())  # p(part | class), (10, 24)
+    world = bagssl.demo_probabilities()  # p(grating | class), (10, 24)
     joint, marginal = world.T @ world / len(world), world.mean(0)
     truth = joint / (marginal[:, None] * marginal)
-    images, _, parts = bagssl.demo_images(count, image_size, (seed, len(bagssl.DEMO_COUNTS)))  # no split's seed
-    cells = bagssl.grid_patches(torch.from_numpy(images), bagssl.DEMO_CELLS, bagssl.DEMO_CELLS ** -2, size)
-    z, parts = embed_patches(encoder, cells.flatten(0, 1))[1], torch.from_numpy(parts).flatten()
-    means = torch.stack([z[parts == part].mean(0) for part in range(len(marginal))])
+    images, _, gratings = bagssl.demo_images(count, image_size, seed=2)  # the splits have seeds 0 and 1
+    _, z = embed_patches(encoder, bagssl.grid_patches(images, 5, 0.04, size).flatten(0, 1))
+    means = torch.stack([z[gratings.flatten() == grating].mean(0) for grating in range(24)])
     means = means - means.mean(0)
     pairs = torch.ones_like(truth, dtype=torch.bool).triu(1)
-    return torch.corrcoef(torch.stack([(means @ means.T)[pairs].double(), truth[pairs]]))[0, 1].item()
+    return torch.corrcoef(torch.stack([(means @ means.T)[pairs], truth[pairs]]))[0, 1].item()
 
 
 def show_cooccurrence(arguments, trained, untrained, config):
     """Print the correlation of learned and true similarity in the trained and in the untrained network."""
-    if config.dataset != "demo" or config.data:
-        raise UserError("the true co-occurrence is known only in the demo; give a checkpoint of --preset demo, and no "
-                        "--data")
-    bagssl.check_config(dataclasses.replace(config, patch_scale=(bagssl.DEMO_CELLS ** -2,)), processes=1)
-    results = {name: part_similarity(network, config.image_size, config.seed, size=config.patch_size or None)
+    if config.data != "demo":
+        raise UserError("the true co-occurrence is known only in the demo; give a checkpoint of --preset demo")
+    results = {name: grating_similarity(network, config.image_size, config.patch_size or None)
                for name, network in (("trained", trained), ("untrained", untrained))}
-    print("correlation of part types' similarity in z with their true co-occurrence: "
+    print("correlation of gratings' similarity in z with their true co-occurrence: "
           + ", ".join(f"{name} {value:.2f}" for name, value in results.items()))
-    return dict(results=results)
+    return [{"features": name, "correlation": value} for name, value in results.items()]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -230,17 +227,13 @@ CLAIMS = {"parts": show_parts, "locality": show_locality, "cooccurrence": show_c
 
 
 def main():
-    parser = bagssl.Parser(prog="claims.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="claims.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("claim", choices=CLAIMS)
-    eval_linear.add_arguments(parser)
-    arguments = parser.parse_args()
-    eval_linear.check_arguments(arguments)
-    if bagssl.WORLD_SIZE > 1:
-        raise UserError("claims.py runs in one process; start it with python, not torchrun")
-    trained, untrained, config, step = eval_linear.load_model(arguments)
+    arguments = eval_linear.parse_arguments(parser)
+    trained, untrained, config, epoch = eval_linear.load_model(arguments)
     device = bagssl.start_process(arguments.device)
-    table = CLAIMS[arguments.claim](arguments, trained.to(device), untrained.to(device), config)
-    eval_linear.save_results(arguments, arguments.claim, step=step, **table)
+    for row in CLAIMS[arguments.claim](arguments, trained.to(device), untrained.to(device), config):
+        eval_linear.save_row(arguments, show=arguments.claim, epoch=epoch, data=config.data, **row)
 
 
 if __name__ == "__main__":

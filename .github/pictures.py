@@ -29,12 +29,12 @@ def main():
     if len(sys.argv) != 3:
         raise bagssl.UserError("give two folders of images, Imagenette's and CIFAR-10's")
     demo, labels, _ = bagssl.demo_images(200, 80, seed=0)
-    rows = [bag(torch.from_numpy(demo[0]) / 255, 0.04, seed=0)]
+    rows = [bag(demo[0] / 255, 0.04, seed=0)]
     for folder, size, scale, index in zip(sys.argv[1:], (128, 32), (0.0625, 0.25), (5000, 41000)):
-        images, _ = bagssl.load_images(Path(folder).name, folder, "train", size)
+        images, _ = bagssl.load_images(folder, "train", size)
         rows.append(bag(images[index] / 255, scale, seed=1))
     save_image(torch.cat(rows, 1), HERE / "bag.png")
-    chosen = torch.cat([torch.from_numpy(demo[labels == label][:2]) for label in range(10)])
+    chosen = torch.cat([demo[labels == label][:2] for label in range(10)])
     save_image(make_grid(chosen / 255, nrow=10, padding=4, pad_value=1), HERE / "demo.png")
 
 

@@ -26,11 +26,11 @@ def patches_in(name):
     return 1 if "one patch" in name else int(name.rpartition(" ")[2])
 
 
-def plot_accuracy(axis, training, tables, colour):
-    top1 = {row["features"]: row["top1"] for row in max(tables, key=len)}
-    whole = max(row["top1"] for rows in tables for row in rows if row["features"].startswith("whole"))
-    bags = {patches_in(name): name for name in top1 if name.startswith(("one patch", "bag"))}
-    axis.plot(bags.keys(), [top1[name] for name in bags.values()], "o-", color=colour, label=f"{training}: bag")
+def plot_accuracy(axis, training, rows, colour):
+    top1 = {row["features"]: row["top1"] for row in rows}
+    whole = max(row["top1"] for row in rows if row["features"].startswith("whole"))  # with all pixels, not shrunk
+    bags = {patches_in(name): top1[name] for name in top1 if name.startswith(("one patch", "bag"))}
+    axis.plot(*zip(*sorted(bags.items())), "o-", color=colour, label=f"{training}: bag")
     axis.axhline(whole, color=colour, ls="--", label=f"{training}: whole image, all pixels")
     for name in top1:
         if name.startswith("untrained"):
@@ -38,38 +38,32 @@ def plot_accuracy(axis, training, tables, colour):
             axis.plot(patches_in(name), top1[name], marker, color=colour, label=f"{training}, untrained: {name[11:]}")
 
 
-def plot_cosine(axis, training, tables, colour):
+def plot_cosine(axis, training, rows, colour):
+    newest = {row["features"]: row for row in rows}
     for prefix, style in (("", "o-"), ("untrained, ", "x:")):
-        chosen = {patches_in(row["features"]): row for row in max(tables, key=len)
-                  if row["features"].startswith((prefix + "one patch", prefix + "bag"))}
+        chosen = {patches_in(name): row for name, row in newest.items()
+                  if name.startswith((prefix + "one patch", prefix + "bag"))}
         for of, alpha in (("same image", 1.0), ("same class", 0.6), ("other class", 0.3)):
             axis.plot(chosen.keys(), [row[of] for row in chosen.values()], style, color=colour, alpha=alpha,
                       label=f"{training}, {prefix}{of}")
 
 
 def draw(name, show, plot, label, runs):
-    """One picture, with a panel for each data set. Each run's longest table is drawn, the newest of equally long ones.
-
-    A whole image's accuracy is the best of all tables of the same step and images: with all its pixels, not shrunk.
-    """
+    """One picture, with a panel for each data set. Of equal rows of a run's eval.jsonl, the newest is drawn."""
     panels = {}
     for run in runs:
-        config = json.loads((run / "log.jsonl").read_text().splitlines()[0])["config"]
-        tables = [json.loads(line) for line in reversed((run / "eval.jsonl").read_text().splitlines())]
-        tables = [table for table in tables if table["show"] == show]
-        if not tables:
-            continue
-        longest = max(tables, key=lambda table: len(table["results"]))
-        images = [name for name in ("step", "data", "image_size", "train_images", "test_images") if name in longest]
-        tables = [table["results"] for table in tables if all(table.get(name) == longest[name] for name in images)]
-        training = "multi-scale" if len(config["patch_scale"]) == 2 else "fixed scale"
-        panels.setdefault(Path(config["data"]).name or config["dataset"], []).append((training, tables))
+        config = json.loads((run / "config.json").read_text())
+        rows = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+        rows = [row for row in rows if row["show"] == show]
+        if rows:
+            training = "multi-scale" if len(config["patch_scale"]) == 2 else "fixed scale"
+            panels.setdefault(Path(config["data"]).name, []).append((training, rows))
     if not panels:
-        sys.exit(f"error: the runs' eval.jsonl have no {show} table; plots.py without arguments says what writes it")
+        sys.exit(f"error: the runs' eval.jsonl have no rows of {show}; plots.py without arguments says what writes them")
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
     for axis, (dataset, lines) in zip(axes[0], panels.items()):
-        for training, tables in lines:
-            plot(axis, training, tables, "tab:orange" if training == "multi-scale" else "tab:blue")
+        for training, rows in lines:
+            plot(axis, training, rows, "tab:orange" if training == "multi-scale" else "tab:blue")
         axis.set(title=dataset, xlabel="patches in the bag", ylabel=label, xscale="log", xticks=[1, 4, 16, 64],
                  xticklabels=["1", "4", "16", "64"])
         axis.minorticks_off()
