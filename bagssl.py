@@ -55,12 +55,16 @@ from torch import nn
 DEVICE = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")  # the best there is
 
 
+class UserError(Exception):
+    """Something that a user can mend: `run_cli` prints it as one sentence and ends with exit code 2."""
+
+
 @dataclass
 class Config:
     preset: str = "demo"  # settings that replace the defaults below
     data: str = "demo"  # demo (generated), cifar10 or cifar100 (downloaded if not in the cache), or a folder of images
     cache: str = "data"  # folder for downloads and decoded images, shared by all runs
-    out: str = "runs/demo"  # folder of the run, a preset's is runs/PRESET; an interrupted run there is continued
+    out: str = "runs/demo"  # folder of the run, by default runs/PRESET; an interrupted run there is continued
     arch: str = "patchnet"  # patchnet, made for small patches; resnet18, resnet34, resnet50, as in published work
     stem_stride: int = 1  # stride of the first layer, 1 or 2; 4: a ResNet's own stem, 7x7 convolution and max-pooling
     projector: tuple = (2048, 2048, 2048)  # widths of the projector's layers
@@ -72,39 +76,39 @@ class Config:
     epochs: int = 30  # passes over the images
     lr: float = 0.1  # learning rate, not scaled by the batch size (SGD, Nesterov momentum 0.9; warmup, cosine decay)
     warmup: float = 0.1  # fraction of the steps over which the learning rate rises
-    clip: float = 2.0  # maximum gradient norm; in the first steps, gradients can be 20 times as large as later
+    clip: float = 2.0  # maximum gradient norm, 0: none; in the first steps, gradients can be 20 times as large as later
     weight_decay: float = 1e-4  # not applied to BatchNorm's parameters
     inv_weight: float = 25.0  # weight of the invariance term; the defaults of all three are the VICReg authors'
     var_weight: float = 25.0  # weight of the variance term
     cov_weight: float = 1.0  # weight of the covariance term
     seed: int = 0  # random seed of the initial weights, the order of the images, and the patches
     device: str = DEVICE  # cuda, mps or cpu
-    compile: bool = DEVICE == "cuda"  # torch.compile the step: it takes a minute to start, and needs a C++ compiler
-    save_every: float = 1.0  # minutes; a checkpoint is saved at the first end of an epoch after them, and at the last
+    compile: bool = DEVICE == "cuda"  # compile network and augmentation: a minute to start, a C++ compiler needed
+    save_every: float = 1.0  # a checkpoint is saved at the end of an epoch, if the last one is older than these minutes
 
     def __post_init__(self):
         """Convert the values to their fields' types (from numpy's, say) and refuse settings that cannot work."""
         for field in fields(self):
             value, kind = getattr(self, field.name), type(field.default)
-            setattr(self, field.name, tuple(map(type(field.default[0]), value)) if kind is tuple else kind(value))
+            if kind is tuple:
+                value = map(type(field.default[0]), value)
+            setattr(self, field.name, kind(value))
         low, high = self.patch_scale[0], self.patch_scale[-1]
-        if not 0 < low <= high <= 1 or (low < high and not self.patch_size):
+        if not 0 < low <= high <= 1 or len(self.patch_scale) > (2 if self.patch_size else 1):
             raise UserError("--patch-scale takes a fraction above 0, up to 1, or two and a --patch-size to resize to")
-        if (self.patch_size or low ** 0.5 * self.image_size) < 2.5 or min(self.batch_size, self.num_patches) < 2:
+        if (self.patch_size or round(low ** 0.5 * self.image_size)) < 3 or min(self.batch_size, self.num_patches) < 2:
             raise UserError("patches must be 3 pixels wide or more, --batch-size and --num-patches 2 or more")
-        if self.arch == "patchnet" and self.stem_stride == 4:
-            raise UserError("--stem-stride 4 is a ResNet's own stem; patchnet takes 1 or 2")
         if self.epochs < 1 or not all(0 <= x < math.inf for x in vars(self).values() if isinstance(x, float)):
             raise UserError("--epochs must be 1 or more; rates, weights and minutes 0 or more, and finite")
 
 
-# Chosen on CIFAR-10. Smaller batches allow more steps in the same time. An inv_weight of 25 loses two to three
-# points of accuracy against 10.
+# Chosen on CIFAR-10. Smaller batches allow more steps in the same time. An inv_weight of 10 gains two to three points
+# of accuracy over 25.
 CIFAR = dict(batch_size=64, projector=(1024, 1024, 1024), inv_weight=10.0)
 
 PRESETS = {
-    # Two patches of a demo image have only its class in common, one of ten: few dimensions of z suffice. As their
-    # projections cannot agree closely, the invariance term stays large, and cov_weight is raised to match.
+    # Two patches of a demo image have only its class in common, one of ten. So few dimensions of z suffice, and their
+    # projections cannot agree closely: the invariance term stays large. cov_weight is raised to match it.
     "demo": dict(data="demo", image_size=80, patch_scale=(0.04,), batch_size=64, epochs=8, projector=(512, 512, 32),
                  cov_weight=10.0),
     "cifar10-cpu": dict(CIFAR, data="cifar10", epochs=18),  # half an hour on two cores, less on fast ones
@@ -116,16 +120,13 @@ PRESETS = {
 }
 
 
-class UserError(Exception):
-    """Something that a user can mend: `run_cli` prints it as one sentence and ends with exit code 2."""
-
-
 def parse_config(argv=None):
     """The Config of a command line: defaults, overridden by the preset, overridden by the flags."""
     comments = dict(re.findall(r"^    (\w+): [^#]*# (.*)$", inspect.getsource(Config), re.M))  # as help
     choices = {"preset": PRESETS, "arch": ("patchnet", "resnet18", "resnet34", "resnet50"), "stem_stride": (1, 2, 4),
                "device": ("cuda", "mps", "cpu")}
     parser = argparse.ArgumentParser(usage="bagssl.py [FLAG VALUE ...]; --help lists the flags", allow_abbrev=False,
+                                     description="In brackets: the defaults, which a preset may replace.",
                                      argument_default=argparse.SUPPRESS)
     for name, default in ((field.name, field.default) for field in fields(Config)):
         kind = dict(type=type(default), choices=choices.get(name), metavar="VALUE")
@@ -199,14 +200,14 @@ def _cut(images, top, left, side, size):
     if isinstance(side, int) and size in (None, side):
         windows = images.unfold(2, side, 1).unfold(3, side, 1)  # all of them, as a view: (B, C, top, left, s, s)
         image = torch.arange(len(images), device=images.device)[:, None]  # (B, 1)
-        return windows[image, :, top, left]  # picks a window for each image and place: (B, V, C, s, s)
+        return windows[image, :, top, left]  # (B, V, C, s, s): indices around a slice put their axes, (B, V), first
     # Crop and resize at once: each patch has a matrix of weights for its rows, and one for its columns.
     rows = _resize_weights(top, side, images.shape[-2], size)  # (B or 1, V, size, H)
     columns = _resize_weights(left, side, images.shape[-1], size)  # (B or 1, V, size, W)
     with torch.autocast(images.device.type, enabled=False):  # bfloat16 is too coarse for pixels
         patches = torch.einsum("bvyh,bchw,bvxw->bvcyx", rows, images.float(), columns)
     if not images.is_floating_point():
-        patches = patches.round().clamp(0, 255)  # rounding errors could exceed the range, and 256 becomes 0 in uint8
+        patches = patches.round().clamp(0, 255)  # by a rounding error it could be 256, which is 0 in uint8
     return patches.to(images.dtype)
 
 
@@ -239,11 +240,9 @@ def augment(patches, u, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, j
             solarize_prob=0.1):
     """Flip, jitter, grey and solarise each patch with its own random numbers.
 
-    patches: float (..., 3, s, s) in [0, 1]. u: (..., 8), uniform numbers in [0, 1), of the same dtype. A patch
-    is mirrored left to right with probability 1/2. With probability jitter_prob it is jittered as in torchvision's
-    ColorJitter: its brightness, contrast and saturation are scaled by factors in 1 +- their strength, and its hue is
-    shifted by at most `hue` of a full turn. Then it loses its colour with probability gray_prob, and last, values of
-    0.5 or more are inverted (solarised) with probability solarize_prob. Returns the same shape and range.
+    patches: float (..., 3, s, s) in [0, 1]. u: (..., 8), uniform numbers in [0, 1), of the same dtype. The jitter is
+    torchvision's ColorJitter: brightness, contrast and saturation are scaled by factors in 1 +- their strength, and
+    the hue is shifted by at most `hue` of a full turn. Returns the same shape and range.
     """
     if not patches.is_floating_point():
         raise ValueError(f"augment takes float patches in [0, 1], not {patches.dtype}")
@@ -257,7 +256,7 @@ def augment(patches, u, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, j
     x = torch.lerp(_luma(x), x, 1 + d_saturation).clamp(0, 1)
     x = _shift_hue(x, d_hue)
     x = torch.where(gray < gray_prob, _luma(x), x)
-    return torch.where((solarize < solarize_prob) & (x >= 0.5), 1 - x, x)
+    return torch.where((solarize < solarize_prob) & (x >= 0.5), 1 - x, x)  # solarised: bright values are inverted
 
 
 def _luma(patches):
@@ -328,6 +327,7 @@ class PatchNet(nn.Module):
         self.width = 2 * widths[-1]
         self.whiten = nn.Conv2d(3, 54, 3, stem_stride, bias=False).requires_grad_(False)
         layers = []
+        # Of the four convolutions: input and output channels, kernel size, stride.
         for width_in, width, kernel, stride in zip((54, *widths), widths, (3, 3, 3, 1), (2, 2, 1, 1)):
             convolution = nn.Conv2d(width_in, width, kernel, stride, kernel // 2, bias=False)
             nn.init.dirac_(convolution.weight.data[:width_in])  # these filters copy the input, until trained
@@ -382,7 +382,7 @@ class Encoder(nn.Module):
 # independent; that of r^2 is constant. So L_C is 2 w L_S + const, where L_S is the paper's second loss:
 #     L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2
 # If each of the D dimensions of z has mean 0 and variance 1, VICReg's loss is inv_weight / D times 2 L_S, up to a
-# constant; term by term:
+# constant. The two terms of 2 L_S are, on the right, those of VICReg:
 #     -2 E[z1.z2] = E |z1 - z2|^2 + const                       (invariance)
 #     w || E[z z^T] ||_F^2 = w sum_{d != e} cov_de^2 + const    (covariance; w = 2 cov_weight / inv_weight)
 # VICReg sees to that mean and variance: it subtracts the mean before the covariances, and its hinge keeps the variances
@@ -460,20 +460,20 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        rows = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(WORLD_SIZE)]
-        dist.all_gather(rows, x.contiguous())
+        rows = [torch.empty_like(x) for _ in range(WORLD_SIZE)]
+        dist.all_gather(rows, x)
         return torch.cat(rows)
 
     @staticmethod
     def backward(ctx, gradient):
-        total = gradient.clone(memory_format=torch.contiguous_format)
+        total = gradient.clone()
         dist.all_reduce(total)
         return total.chunk(WORLD_SIZE)[RANK]
 
 
 def gather(x):
     """The rows of all processes, with gradients: (n, ...) -> (WORLD_SIZE * n, ...)."""
-    return Gather.apply(x) if WORLD_SIZE > 1 else x
+    return Gather.apply(x.contiguous()) if WORLD_SIZE > 1 else x
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -495,11 +495,11 @@ class BatchNorm(nn.BatchNorm2d):
         with torch.no_grad():
             count = WORLD_SIZE * x.numel() // x.shape[1]
             self.num_batches_tracked += 1
-            share = self.momentum or 1 / self.num_batches_tracked  # no momentum, as `update_bn` has it: a plain mean
+            share = self.momentum or 1 / self.num_batches_tracked  # `update_bn` sets momentum to None: a plain mean
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(var * count / (count - 1), share)
-        # F.batch_norm with mean 0 and variance 1 is x * scale + shift in one pass; the gradients that mean and var
-        # depend on x for flow through scale and shift.
+        # With mean 0 and variance 1, F.batch_norm is x * scale + shift in one pass; gradients reach the statistics
+        # through scale and shift.
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
         return F.batch_norm(x, torch.zeros_like(mean), torch.ones_like(var), scale, shift, eps=0.0)
@@ -520,9 +520,10 @@ def start_process(name):
 def autocast(device):
     """A context for the network: bfloat16 where that is faster than float32."""
     cpu = torch.cpu.get_capabilities()
-    feature = "amx_bf16" if "Intel" in cpu.get("cpu_name", "") else "avx512_bf16"  # Intel's AVX-512 has a slow one
-    fast = {"cuda": torch.cuda.is_available() and torch.cuda.is_bf16_supported(False), "cpu": cpu.get(feature, False)}
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast.get(device.type, False))
+    feature = "amx_bf16" if "Intel" in cpu.get("cpu_name", "") else "avx512_bf16"  # on Intel's, the latter is slow
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+            device.type == "cpu" and cpu.get(feature, False))
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -551,21 +552,20 @@ def load_images(data, split="train", image_size=32, cache="data"):
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
         return torchvision.transforms.functional.resize(images, [image_size] * 2), torch.tensor(found.targets)
 
-    folder, labels = Path(data), None
-    train, test = folder / "train", folder / ("val" if (folder / "val").is_dir() else "test")
-    if has_splits := train.is_dir() and test.is_dir():
-        folder = train if split == "train" else test
-    elif split == "test":
-        raise UserError(f"{folder} has no test images, in class folders of val/ or test/ beside train/")
+    root = Path(data)
+    train, test = root / "train", root / ("val" if (root / "val").is_dir() else "test")
+    if not (train.is_dir() and test.is_dir()):
+        if split == "test":
+            raise UserError(f"{root} has no test images: they must lie in val/ or test/, beside train/")
+        return decode_folder(root, find_images(root), image_size, Path(cache)), None
+    folder = train if split == "train" else test
     names = find_images(folder)
-    if has_splits:
-        classes = sorted(path.name for path in train.iterdir() if path.is_dir() and not path.name.startswith("."))
-        class_names = [name.split(os.sep)[0] for name in names]
-        unknown = sorted({*class_names} - {*classes})
-        if not unknown:
-            labels = torch.from_numpy(np.searchsorted(classes, class_names))
-        elif split == "test":  # training images may be without a class
-            raise UserError(f"{folder / unknown[0]} has no counterpart among the class folders in {train}")
+    classes = sorted(path.name for path in train.iterdir() if path.is_dir() and not path.name.startswith("."))
+    class_names, labels = [name.split(os.sep)[0] for name in names], None
+    if not (unknown := sorted({*class_names} - {*classes})):
+        labels = torch.from_numpy(np.searchsorted(classes, class_names))
+    elif split == "test":  # training images may be without a class
+        raise UserError(f"{folder / unknown[0]} has no counterpart among the class folders in {train}")
     return decode_folder(folder, names, image_size, Path(cache)), labels
 
 
@@ -589,8 +589,7 @@ def decode_folder(folder, names, size, cache):
     digest = hashlib.sha256(os.fsencode("\n".join([str(folder.resolve()), *names]))).hexdigest()[:16]
     decoded = cache / f"{folder.resolve().name}-{size}px-{digest}.npy"
 
-    def decode(name):
-        """The pixels, channel by channel, of the image's middle square, resized; zeros if it is broken."""
+    def decode(name):  # the pixels, channel by channel, of the image's middle square; zeros if it is broken
         try:
             with Image.open(folder / name) as image:
                 if image.mode.startswith(("I", "F")):
@@ -604,12 +603,12 @@ def decode_folder(folder, names, size, cache):
             return bytes(3 * size * size)
 
     with contextlib.suppress(OSError, EOFError, ValueError):  # if the file is missing or was cut off
-        images = torch.from_numpy(np.load(decoded, mmap_mode="c"))
+        images = torch.from_numpy(np.load(decoded, mmap_mode="c"))  # c: torch takes only writable memory
         print(f"{folder} was decoded before; if its pixels have changed since, remove {decoded}", flush=True)
         return images
     cache.mkdir(parents=True, exist_ok=True)
     unfinished = decoded.with_suffix(f".{RANK}")
-    # Opening it does not empty it: another run may be writing the same bytes to it, and be further on.
+    # Without O_TRUNC, which would empty it: another run may be writing the same bytes to it, and be further on.
     with open(unfinished, "wb", opener=lambda path, flags: os.open(path, flags & ~os.O_TRUNC)) as file:
         np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
         with ThreadPoolExecutor() as pool:
@@ -622,14 +621,15 @@ def decode_folder(folder, names, size, cache):
         more = f" and {len(broken) - 10:,} more" if len(broken) > 10 else ""
         raise UserError(f"{len(broken):,} of {len(names):,} images in {folder} cannot be used: "
                         f"{', '.join(sorted(broken)[:10])}{more}; remove or replace them")
-    unfinished.replace(decoded)  # only now: an interrupted file is not taken for a whole one
+    with contextlib.suppress(FileNotFoundError):  # if that other run has just renamed it
+        unfinished.replace(decoded)  # only now: an interrupted file is not taken for a whole one
     return torch.from_numpy(np.load(decoded, mmap_mode="c"))
 
 
 # The demo's images are generated, so that the truth is known. An image has 5 x 5 cells, each with a grating of one of
 # 6 angles and 4 frequencies. Six classes fix the angle of the cells, four the frequency; the rest is random, and so is
-# one cell in 20. A grating fits two classes, one better than the other: from one cell, 57.5 % of guesses are right at
-# best, and only the mix of cells tells the class. Colour, contrast, phase and noise are independent of it.
+# one cell in 20. A grating occurs in one class of each kind, more often in that of its angle: from one cell, 57.5 % of
+# guesses are right at best. Only the mix of cells tells the class; colour, contrast, phase and noise do not.
 
 
 def demo_probabilities():
@@ -655,7 +655,7 @@ def demo_images(count, image_size, seed):
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     for cell in range(25):  # row by row
         own = gratings[:, cell, None, None]
-        angle = math.pi / 12 * (own // 4 + uniform(-0.3, 0.3))  # below 90 degrees: a mirrored one looks like no other
+        angle = math.pi / 12 * (own // 4 + uniform(-0.3, 0.3))  # below 90 degrees, so mirrored ones stay apart
         waves = 1.5 ** (own % 4 + uniform(-0.3, 0.3)) / side  # per pixel
         tone = (2 * math.pi * (waves * (x * angle.cos() + y * angle.sin()) + uniform(0, 1))).cos()[:, None]
         noise = 0.15 * torch.randn(count, 3, side, side, generator=generator)
@@ -712,7 +712,7 @@ def open_run(config):
 
 
 def load_checkpoint(path):
-    """What `train` saved, as a dict (config, epoch, encoder, optimizer); the encoder, in eval mode; its Config."""
+    """What `train` saved, a dict; the encoder, in eval mode, on the CPU; its Config. Raises UserError if it cannot."""
     try:
         content = io.BytesIO(Path(path).read_bytes())
     except OSError as error:
@@ -730,30 +730,25 @@ def load_checkpoint(path):
 
 
 def load_encoder(path):
-    """The encoder (in eval mode, on the CPU) and its Config, from a checkpoint.pt. Raises UserError if it is none."""
+    """The encoder, in eval mode, on the CPU, and its Config, from a checkpoint.pt; see `load_checkpoint`."""
     return load_checkpoint(path)[1:]
 
 
 def train(config):
-    """Pretrain as `config` says; the folder config.out gets config.json, log.jsonl and checkpoint.pt.
+    """Pretrain as `config` says, from the last checkpoint on if there is one. Raises UserError if that is not possible.
 
-    Raises UserError if the images or the folder cannot be used.
+    The folder config.out gets config.json, log.jsonl and checkpoint.pt, a dict of config, epoch, encoder and optimizer.
     """
-    config = Config(**vars(config))  # once more, as fields may have been set since
+    config = Config(**vars(config))  # checked again, as fields may have been set since
     B, V, b = config.batch_size, config.num_patches, config.batch_size // WORLD_SIZE
     if B % WORLD_SIZE:
         raise UserError(f"--batch-size {B} cannot be divided among {WORLD_SIZE} processes")
-    device, resumed = start_process(config.device), [None]
-    if RANK == 0:
-        out = open_run(config)
-        resumed = [load_checkpoint(out / "checkpoint.pt")[0] if (out / "checkpoint.pt").exists() else None]
-    if WORLD_SIZE > 1:
-        dist.broadcast_object_list(resumed)  # so that only rank 0 must see the file
+    device = start_process(config.device)
     if LOCAL_RANK > 0:
-        dist.barrier()  # wait here until the first process of the machine has downloaded or decoded the images
+        dist.barrier()  # the first process of each machine, which may have to decode the images, reaches its barrier
     images, labels = load_images(config.data, "train", config.image_size, config.cache)
     if LOCAL_RANK == 0 and WORLD_SIZE > 1:
-        dist.barrier()
+        dist.barrier()  # only here; then the others find them decoded
     per_epoch = len(images) // B  # an epoch's last, incomplete batch is left out
     steps = config.epochs * per_epoch
     if steps == 0:
@@ -768,20 +763,30 @@ def train(config):
     groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in parameters if p.ndim == 1]}]  # BatchNorm's
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
-    start = 0  # epochs done
-    if resumed[0]:
-        start = resumed[0]["epoch"]
-        encoder.load_state_dict(resumed[0]["encoder"])
-        optimizer.load_state_dict(resumed[0]["optimizer"])
+
+    start, resumed = 0, [None]  # start: epochs done; resumed: a list, as broadcast_object_list needs one
+    if RANK == 0:
+        out = open_run(config)
+        if (out / "checkpoint.pt").exists():
+            resumed = [load_checkpoint(out / "checkpoint.pt")[0]]
+    if WORLD_SIZE > 1:
+        dist.broadcast_object_list(resumed)  # so that only rank 0 must see the file
+    if checkpoint := resumed[0]:
+        start = checkpoint["epoch"]
+        encoder.load_state_dict(checkpoint["encoder"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    if start > config.epochs:
+        raise UserError(f"{config.out} holds a run of {start} epochs; give as many --epochs or more, or another --out")
     if RANK == 0:
         log = open(out / "log.jsonl", "a", buffering=1)
-        print(f"{config}\n{len(images):,} images from {config.data}; {sum(p.numel() for p in parameters) / 1e6:.1f} M "
-              f"weights on {device}, processes: {WORLD_SIZE}; {start} of {config.epochs} epochs done", flush=True)
+        print(f"{config}\n{len(images):,} images {'without' if labels is None else 'with'} labels from {config.data}; "
+              f"{sum(p.numel() for p in parameters) / 1e6:.1f} M weights on {device.type}, processes: {WORLD_SIZE}; "
+              f"{start} of {config.epochs} epochs done", flush=True)
 
     model, make_views = encoder, training_views
     if WORLD_SIZE > 1:
         model = nn.parallel.DistributedDataParallel(encoder)
-        model.broadcast_buffers = False  # BatchNorm's statistics are equal already
+        model.broadcast_buffers = False  # BatchNorm's statistics are equal already (torch has renamed the argument)
     if config.compile:  # a compiled DDP still overlaps communication with computation
         model, make_views = torch.compile(model), torch.compile(training_views)
 
@@ -792,39 +797,43 @@ def train(config):
         probe = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, int(labels.max()) + 1)).to(device)
         probe_optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3)
 
-    parts, reading = [images] if labels is None else [images, labels], {}
+    parts = [images] if labels is None else [images, labels]
+    reading = {}
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
         parts = [part.to(device) for part in parts]
     elif device.type == "cuda":  # several processes read the memory map while the GPU computes
         reading = dict(num_workers=8, pin_memory=True)
-    dataset, own = torch.utils.data.TensorDataset(*parts), slice(RANK * b, (RANK + 1) * b)  # own: this process's share
+    dataset = torch.utils.data.TensorDataset(*parts)
+    own = slice(RANK * b, (RANK + 1) * b)  # this process's share of a batch
 
     def batches(epoch):
         """For each step, eleven numbers for each patch (b, V, 11), images (b, 3, S, S) and, if given, labels (b,)."""
         generator = torch.Generator().manual_seed(1_000_000 * config.seed + epoch)
         order = torch.randperm(len(images), generator=generator)[:per_epoch * B].view(per_epoch, B)
+        # With batch_size=None, what the sampler gives, a row of `order`, indexes a whole batch at once.
         for batch in torch.utils.data.DataLoader(dataset, sampler=order[:, own], batch_size=None, **reading):
             u = torch.rand(B, V, 11, generator=generator)[own]
             yield [part.to(device, non_blocking=True) for part in (u, *batch)]
 
     begun = saved = time.time()
     for epoch in range(start, config.epochs):
-        for step, (u, batch, *classes) in enumerate(batches(epoch), epoch * per_epoch):
-            done, last = step + 1, step + 1 == (epoch + 1) * per_epoch
+        for step, (u, batch, *classes) in enumerate(batches(epoch), epoch * per_epoch):  # step: of the whole run
             x = make_views(batch, u, config)  # (b V, 3, s, s)
             with autocast(device):
                 h, z = model(x)  # (b V, width), (b V, D)
             z = gather(z.unflatten(0, (b, V)))  # (B, V, D)
             loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight)
             optimizer.zero_grad()
-            loss.backward()  # exact: `gather` sums z's gradients over processes, DDP's mean divides by their number
-            norm = nn.utils.clip_grad_norm_(parameters, config.clip, error_if_nonfinite=last or step % 10 == 0)
+            loss.backward()  # `gather` sums z's gradients over the processes, and DDP's mean divides by their number
+            done = step + 1
+            check = done % 10 == 0 or done % per_epoch == 0  # not always, as it waits for the GPU, but before saving
+            norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf, error_if_nonfinite=check)
             warmup = min(1, done / (config.warmup * steps + 1))
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * warmup * (1 + math.cos(math.pi * step / steps)) / 2
             optimizer.step()
 
-            if probe:
+            if probe is not None:
                 scores = probe(h.detach().float().unflatten(0, (b, V)).mean(1))  # (b, classes)
                 probe_optimizer.zero_grad()
                 F.cross_entropy(scores, *classes).backward()

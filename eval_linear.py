@@ -12,7 +12,7 @@
 
 For each n, and for the whole image in one forward pass, it reports the accuracy of a linear probe (softmax regression
 on frozen, standardised features) and of a weighted kNN classifier on plain and on whitened features. Two controls need
-no training: raw pixels, and the same network untrained, with the bag size nearest to 16. Each row is added to
+no training: the same network untrained, at the bag size nearest to 16, and raw pixels. Each row is added to
 eval.jsonl beside the checkpoint. The probe's weight decay is chosen on a held-out tenth of the training images; test
 images serve only for the accuracies reported.
 """
@@ -51,14 +51,14 @@ def embed(embedder, images, device, name=""):
     embedder: (B, 3, H, W) -> (B, D), on `device`. name: for progress lines; if empty, none are printed.
     Raises UserError if features are not finite.
     """
-    block = max(1, 256 // getattr(embedder, "per_side", 1) ** 2)  # so that 256 patches are in memory at once
+    block = max(1, min(64, 256 // getattr(embedder, "per_side", 1) ** 2))  # images whose patches memory has to hold
     features, told = [], time.time()
     for some in images.split(block):
         with bagssl.autocast(device):
             features.append(embedder(some.to(device)).float().cpu())
         if name and time.time() - told > 10:
             told = time.time()
-            print(f"{name}: {len(features) * block:,} of {len(images):,} images", flush=True)
+            print(f"{name}: {sum(map(len, features)):,} of {len(images):,} images", flush=True)
     features = torch.cat(features)
     if not features.isfinite().all():
         raise UserError("the network's features are not finite: its training diverged, or the checkpoint is damaged")
@@ -169,16 +169,13 @@ def knn_probe(train, train_labels, test, test_labels, k=20, temperature=0.07, bl
 
 
 def read_tensors(path):
-    """The tensors of a file saved by torch, in dicts nested to any depth: {their keys joined by dots: tensor}.
-
-    No code in the file is run. Raises UserError if it cannot be read.
-    """
+    """The tensors of a file saved by torch, in dicts nested to any depth: {their keys joined by dots: tensor}."""
     try:
         file = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from error
     if file[8:9] == b"{":
-        raise UserError(f"{path} is a safetensors file; convert it: torch.save(safetensors.torch.load_file(PATH), PATH)")
+        raise UserError(f"{path} is a safetensors file; load it by safetensors and save it by torch.save")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # many checkpoints hold their arguments
             content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
@@ -192,17 +189,14 @@ def read_tensors(path):
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors by name")
 
-    tensors = {}
 
     def collect(prefix, value):
         if isinstance(value, torch.Tensor):
-            tensors[prefix] = value
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                collect(f"{prefix}.{key}" if prefix else str(key), inner)
+            return {prefix: value} if value.ndim else {}  # not num_batches_tracked
+        inner = value.items() if isinstance(value, dict) else ()
+        return {k: v for key, part in inner for k, v in collect(f"{prefix}.{key}".removeprefix("."), part).items()}
 
-    collect("", content)
-    return tensors
+    return collect("", content)
 
 
 def load_published(path, arch):
@@ -213,25 +207,28 @@ def load_published(path, arch):
     torchvision's names, or those of an nn.Sequential of a ResNet's children. If several networks are found (a momentum
     encoder, say), the first is taken, and named in a message. Raises UserError if none is found.
     """
-    tensors = read_tensors(path)
+    tensors, found = read_tensors(path), {}  # found: {prefix: {our name: tensor}}
     numbers = {name: str(i) for i, (name, _) in enumerate(torchvision.models.get_model(arch).named_children())}
     for stride in (4, 1):
         backbone = bagssl.make_backbone(arch, stride)
-        ours = {name: tensor for name, tensor in backbone.state_dict().items() if tensor.ndim}
-        found = {}  # {prefix: state dict}
-        for rename in (lambda name: name, lambda name: re.sub(r"^\w+", lambda first: numbers[first[0]], name)):
-            ends = [key.removesuffix(rename("conv1.weight")) for key in tensors if key.endswith(rename("conv1.weight"))]
-            for prefix in ends:
-                theirs = {name: tensors.get(prefix + rename(name)) for name in ours}
-                if prefix[-1:] in ("", ".") and all(tensor is not None and tensor.shape == ours[name].shape
-                                                    for name, tensor in theirs.items()):
-                    found[prefix] = theirs
+        ours = {name: tensor.shape for name, tensor in backbone.state_dict().items() if tensor.ndim}
+        numbered = {name: re.sub(r"^\w+", lambda first: numbers[first[0]], name) for name in ours}
+        for names in ({name: name for name in ours}, numbered):  # {our name: the one in the file, but for the prefix}
+            for key in tensors:
+                if not re.search(rf"(^|\.){names['conv1.weight']}$", key):
+                    continue
+                prefix = key.removesuffix(names["conv1.weight"])
+                rest = [other.removeprefix(prefix) for other in tensors if other.startswith(prefix)]
+                network = {name for name in rest if re.match(r"(conv1|bn1|layer\d|[014567])\.", name)}
+                if network == {*names.values()} and all(
+                        tensors[prefix + its].shape == ours[name] for name, its in names.items()):
+                    found[prefix] = {name: tensors[prefix + its] for name, its in names.items()}
         if found:
-            (first, state), *others = found.items()
-            backbone.load_state_dict(backbone.state_dict() | state)  # theirs may lack num_batches_tracked
+            first, *others = found
+            backbone.load_state_dict(backbone.state_dict() | found[first])  # which lacks num_batches_tracked
             if others:
                 print(f"{path} holds {len(found)} networks; taking {first or 'the one without a prefix'}, not "
-                      f"{', '.join(prefix for prefix, _ in others)}; to probe another, save it alone")
+                      f"{', '.join(others)}; to probe another, save it alone")
             return backbone.eval().to(memory_format=torch.channels_last), stride
     raise UserError(f"{path} holds no {arch}: looked for all its tensors by name and shape, such as conv1.weight and "
                     f"layer1.0.bn1.weight, or 0.weight and 4.0.bn1.weight, after any prefix, but the file's names are "
@@ -239,44 +236,36 @@ def load_published(path, arch):
 
 
 def load_model(arguments):
-    """The trained and an untrained network, on the CPU, the Config, and the epoch at which the first was saved.
+    """The trained and an untrained network, on the CPU; the Config of the probe, in which the arguments override the
+    trained one's fields; the side that whole images are resized to, or None; the epoch at which the first was saved.
 
-    The arguments override the Config's fields, except for the scale. Another project's checkpoint has no epoch.
+    If patches are resized, a network trained at one scale gets the whole image resized by the same factor; multi-scale
+    and published networks get it at the size of a patch. The latter have no epoch.
     """
-    epoch = None
     if arguments.arch:
-        trained = torch.nn.Module()  # stands in for an Encoder
+        trained, epoch = torch.nn.Module(), None  # stands in for an Encoder, of which only the backbone is used
         trained.backbone, stride = load_published(arguments.checkpoint, arguments.arch)
-        config = bagssl.Config(arch=arguments.arch, stem_stride=stride, projector=(1,))  # the projector is not used
+        config = bagssl.Config(arch=arguments.arch, stem_stride=stride, projector=(1,))
     else:
         saved, trained, config = bagssl.load_checkpoint(arguments.checkpoint)
         epoch = saved["epoch"]
         if epoch < config.epochs:
             print(f"{arguments.checkpoint} is of epoch {epoch} of {config.epochs}: training has not ended")
+    one_scale = len(config.patch_scale) == 1 and not arguments.arch
     given = {name: getattr(arguments, name) for name in ("data", "cache", "image_size", "patch_size")
              if getattr(arguments, name) is not None}
-    config = dataclasses.replace(config, **given)
-    if arguments.patch_scale is not None:
-        dataclasses.replace(config, patch_scale=(arguments.patch_scale,))  # checks it
+    middle = sum(config.patch_scale) / len(config.patch_scale)
+    scale = middle if arguments.patch_scale is None else arguments.patch_scale
+    config = dataclasses.replace(config, **given, patch_scale=(scale,))
+    whole_size = config.patch_size or None
+    if whole_size and one_scale:
+        side = bagssl.patch_side(config.image_size, config.image_size, scale)
+        whole_size = round(config.image_size * config.patch_size / side)
     torch.manual_seed(config.seed)
     untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()  # where its BatchNorms change nothing
     if config.arch == "patchnet":  # its whitening layer is computed, not learned: both have it
         untrained.backbone.whiten.load_state_dict(trained.backbone.whiten.state_dict())
-    return trained, untrained.to(memory_format=torch.channels_last), config, epoch
-
-
-def view_sizes(config, arguments):
-    """The scale of a patch, and the sides that patches and whole images are resized to; a side of None: not resized.
-
-    If patches are resized, a network trained at one scale gets the whole image resized by the same factor;
-    multi-scale and published networks get it at the size of a patch.
-    """
-    low, high = config.patch_scale[0], config.patch_scale[-1]
-    scale = (low + high) / 2 if arguments.patch_scale is None else arguments.patch_scale
-    size = whole_size = config.patch_size or None
-    if size and low == high and not arguments.arch:
-        whole_size = round(config.image_size * size / bagssl.patch_side(config.image_size, config.image_size, scale))
-    return scale, size, whole_size
+    return trained, untrained.to(memory_format=torch.channels_last), config, whole_size, epoch
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -338,10 +327,10 @@ def save_row(arguments, **row):
 def main():
     arguments = parse_arguments(argparse.ArgumentParser(
         usage="eval_linear.py --checkpoint FILE [FLAG VALUE ...]; --help lists the flags", allow_abbrev=False))
-    trained, untrained, config, epoch = load_model(arguments)
+    trained, untrained, config, whole_size, epoch = load_model(arguments)
+    scale, size = config.patch_scale[0], config.patch_size or None
     device = bagssl.start_process(arguments.device)
     torch.set_float32_matmul_precision("highest")  # TensorFloat-32 is too coarse for L-BFGS
-    scale, size, whole_size = view_sizes(config, arguments)
     train_images, train_labels = load_split(config, arguments, "train")
     test_images, test_labels = load_split(config, arguments, "test")
 
@@ -359,8 +348,9 @@ def main():
         train = embed(embedder, train_images, device, f"{name}, train").to(device)
         test = embed(embedder, test_images, device, f"{name}, test").to(device)
         y, test_y = train_labels.to(device), test_labels.to(device)
-        row = {**linear_probe(train, y, test, test_y), "knn": knn_probe(train, y, test, test_y),
-               "knn_whitened": knn_probe(*(x for pair in zip(whiten(train, test), (y, test_y)) for x in pair))}
+        row = {**linear_probe(train, y, test, test_y), "knn": knn_probe(train, y, test, test_y)}
+        train, test = whiten(train, test)
+        row["knn_whitened"] = knn_probe(train, y, test, test_y)
         columns = [f"{key} {row[key]:5.2f} %" for key in ("top1", "top5", "knn", "knn_whitened") if key in row]
         print(f"{name:{max(map(len, embedders))}}", *columns, sep="  ", flush=True)
         save_row(arguments, **setting, features=name, **row)

@@ -50,9 +50,9 @@ def cosine_to_parts(whole, bag, labels):
             "other class": ((whole @ bag.sum(0) - of_class) / (len(labels) - size)).mean().item()}
 
 
-def show_parts(arguments, trained, untrained, config):
+def show_parts(arguments, trained, untrained, config, whole_size):
     """Print the cosines for bags of all sizes, of the trained and of the untrained network."""
-    scale, size, whole_size = eval_linear.view_sizes(config, arguments)
+    scale, size = config.patch_scale[0], config.patch_size or None
     images, labels = eval_linear.load_split(config, arguments, "test")
     results = []
 
@@ -166,11 +166,11 @@ def draw_neighbours(path, encoder, images, scale, size, queries=10, count=8, mos
     torchvision.utils.save_image(F.interpolate(grid[None] / 255, scale_factor=max(1, 64 // patches.shape[-1])), path)
 
 
-def show_locality(arguments, trained, untrained, config):
+def show_locality(arguments, trained, untrained, config, _):
     """Print what h and z know about a patch, and draw its neighbours in both."""
     if arguments.arch:
         raise UserError("locality compares h with the projection z, which this checkpoint lacks; give one of bagssl.py")
-    scale, size, _ = eval_linear.view_sizes(config, arguments)
+    scale, size = config.patch_scale[0], config.patch_size or None
     images, labels = eval_linear.load_split(config, arguments, "test")
     if len(images) < 20:
         raise UserError(f"locality fits regressions, for which {len(images)} images are too few; give 20 or more")
@@ -209,7 +209,7 @@ def grating_similarity(encoder, image_size, size=None, count=400):
     return torch.corrcoef(torch.stack([(means @ means.T)[pairs], truth[pairs]]))[0, 1].item()
 
 
-def show_cooccurrence(arguments, trained, untrained, config):
+def show_cooccurrence(arguments, trained, untrained, config, _):
     """Print the correlation of learned and true similarity in the trained and in the untrained network."""
     if config.data != "demo":
         raise UserError("the true co-occurrence is known only in the demo; give a checkpoint of --preset demo")
@@ -230,9 +230,9 @@ def main():
     parser = argparse.ArgumentParser(prog="claims.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("claim", choices=CLAIMS)
     arguments = eval_linear.parse_arguments(parser)
-    trained, untrained, config, epoch = eval_linear.load_model(arguments)
+    trained, untrained, config, whole_size, epoch = eval_linear.load_model(arguments)
     device = bagssl.start_process(arguments.device)
-    for row in CLAIMS[arguments.claim](arguments, trained.to(device), untrained.to(device), config):
+    for row in CLAIMS[arguments.claim](arguments, trained.to(device), untrained.to(device), config, whole_size):
         eval_linear.save_row(arguments, show=arguments.claim, epoch=epoch, data=config.data, **row)
 
 

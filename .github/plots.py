@@ -7,8 +7,8 @@
     python .github/plots.py curve
 
 accuracy.png: linear probe against the number of patches in the bag. cosine.png: cosine between the whole image's
-embedding and the bag's. A panel for each data set, a colour for each kind of training. curve.png: the first two tables
-of RESULTS.md's section "The number of patches", beside published figures.
+embedding and the bag's. A panel for each data set, a colour for each kind of training. curve.png: the first table of
+RESULTS.md's section "The number of patches", beside published figures.
 """
 
 import itertools
@@ -59,7 +59,7 @@ def draw(name, show, plot, label, runs):
             training = "multi-scale" if len(config["patch_scale"]) == 2 else "fixed scale"
             panels.setdefault(Path(config["data"]).name, []).append((training, rows))
     if not panels:
-        sys.exit(f"error: the runs' eval.jsonl have no rows of {show}; plots.py without arguments says what writes them")
+        sys.exit(f"error: no run's eval.jsonl has rows of {show}; plots.py without arguments says what writes them")
     figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
     for axis, (dataset, lines) in zip(axes[0], panels.items()):
         for training, rows in lines:
@@ -74,18 +74,16 @@ def draw(name, show, plot, label, runs):
 
 
 def draw_curve():
-    """curve.png, from the first two tables of RESULTS.md's section on the number of patches."""
-    section = (HERE / "RESULTS.md").read_text().partition("### The number of patches")[2].partition("![")[0]
+    """curve.png, from the first table of RESULTS.md's section on the number of patches."""
+    section = (HERE / "RESULTS.md").read_text().partition("### The number of patches")[2].partition("| epochs |")[2]
+    header, _, *rows = [[cell.strip() for cell in line.split("|")]
+                        for line in itertools.takewhile(lambda line: "|" in line, section.splitlines())]
+    rows = [row for row in rows if row[1].isdigit()]
     columns = {"linear probe": "bag of 16", "kNN, whitened": "on whitened h", "kNN": "kNN, bag of 16"}
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
-    kinds = ("bag of 16", "o-"), ("the earlier PatchNet", ".:")
-    for table, (network, style) in zip(section.split("| epochs |")[1:], kinds):
-        lines = itertools.takewhile(lambda line: "|" in line, table.splitlines())
-        header, _, *rows = [[cell.strip() for cell in line.split("|")] for line in lines]
-        for (name, column), colour in zip(columns.items(), ("tab:blue", "tab:cyan", "tab:grey")):
-            curve = {int(row[2].replace(",", "")): float(row[header.index(column) + 2])
-                     for row in rows if row[header.index(column) + 2]}
-            axis.plot(*zip(*sorted(curve.items())), style, color=colour, label=f"{network}, {name}")
+    for (name, column), colour in zip(columns.items(), ("tab:blue", "tab:cyan", "tab:grey")):
+        top1 = [float(row[header.index(column) + 2]) for row in rows]
+        axis.plot([int(row[2].replace(",", "")) for row in rows], top1, "o-", color=colour, label=f"bag of 16, {name}")
     axis.plot([1e6, 1e7, 3e7], [80.6, 90.7, 93.1], "s:", color="tab:red",
               label="EMP-SSL (ResNet-18, patches enlarged to 32 x 32; best test epoch), linear probe")
     for top1, style, label in ((79.6, "--", "k-means on patches, 2011, linear classifier"),
