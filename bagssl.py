@@ -790,20 +790,16 @@ def train(config):
     if config.compile:  # a compiled DDP still overlaps communication with computation
         model, make_views = torch.compile(model), torch.compile(training_views)
 
-    # An online probe of the detached mean embedding shows what has been learned, without any effect on it. Each process
-    # trains its own, on its own images.
-    width, probe = encoder.backbone.width, None
-    if labels is not None:
+    probe = None
+    if labels is not None:  # a probe that shows what has been learned; each process trains its own, on its own images
+        width = encoder.backbone.width
         probe = nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, int(labels.max()) + 1)).to(device)
         probe_optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3)
 
-    parts = [images] if labels is None else [images, labels]
-    reading = {}
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2:
-        parts = [part.to(device) for part in parts]
-    elif device.type == "cuda":  # several processes read the memory map while the GPU computes
-        reading = dict(num_workers=8, pin_memory=True)
-    dataset = torch.utils.data.TensorDataset(*parts)
+    fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2
+    dataset = torch.utils.data.TensorDataset(*(x.to(device) if fits else x for x in (images, labels) if x is not None))
+    # If they do not fit on the GPU, several processes read the memory map while it computes.
+    reading = dict(num_workers=8, pin_memory=True) if device.type == "cuda" and not fits else {}
     own = slice(RANK * b, (RANK + 1) * b)  # this process's share of a batch
 
     def batches(epoch):
@@ -834,7 +830,7 @@ def train(config):
             optimizer.step()
 
             if probe is not None:
-                scores = probe(h.detach().float().unflatten(0, (b, V)).mean(1))  # (b, classes)
+                scores = probe(h.detach().float().unflatten(0, (b, V)).mean(1))  # (b, classes); detached: it only looks
                 probe_optimizer.zero_grad()
                 F.cross_entropy(scores, *classes).backward()
                 probe_optimizer.step()
