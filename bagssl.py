@@ -109,7 +109,7 @@ CIFAR = dict(batch_size=64, projector=(1024, 1024, 1024), inv_weight=10.0)
 PRESETS = {
     # Two patches of a demo image have only its class in common, one of ten. So few dimensions of z suffice, and their
     # projections cannot agree closely: the invariance term stays large. cov_weight is raised to match it.
-    "demo": dict(data="demo", image_size=80, patch_scale=(0.04,), batch_size=64, epochs=8, projector=(512, 512, 32),
+    "demo": dict(data="demo", image_size=80, patch_scale=(0.04,), batch_size=64, epochs=10, projector=(512, 512, 32),
                  cov_weight=10.0),
     "cifar10-cpu": dict(CIFAR, data="cifar10", epochs=18),  # half an hour on two cores, less on fast ones
     "cifar10": dict(CIFAR, data="cifar10", epochs=110),
@@ -542,7 +542,7 @@ def load_images(data, split="train", image_size=32, cache="data"):
     if split not in ("train", "test"):
         raise UserError(f"the split of the images must be train or test, not {split}")
     if data == "demo":
-        return demo_images(2_000, image_size, seed=int(split == "test"))[:2]
+        return demo_images(*{"train": (1_600, image_size, 0), "test": (1_000, image_size, 1)}[split])[:2]
     if data in ("cifar10", "cifar100"):
         try:
             found = getattr(torchvision.datasets, data.upper())(cache, train=split == "train", download=True)

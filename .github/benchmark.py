@@ -205,7 +205,7 @@ def count_run(flags):
     parser.add_argument("--images", type=int, help="in the training set; default: as the preset's data set has")
     ours, flags = parser.parse_known_args(flags)
     config = bagssl.parse_config(flags)
-    images = ours.images or {"demo": 2_000, "imagenet": 1_281_167}.get(config.preset, 50_000)
+    images = ours.images or {"demo": 1_600, "imagenet": 1_281_167}.get(config.preset, 50_000)
     steps, tflop = config.epochs * (images // config.batch_size), count_step(config, 1)[0]
     patches = config.batch_size * config.num_patches
     print(f"{1e3 * tflop:,.4g} GFLOP a step of {patches:,} patches; {steps:,} steps of {config.epochs} epochs, "
