@@ -1130,7 +1130,7 @@ def test_a_published_checkpoint_is_probed(tiny_run, run, refused, tmp_path):
 
 def test_the_demo_learns(tmp_path):
     """Its bag is nearly always right; one patch cannot be, and the same network untrained is far behind."""
-    command("bagssl.py", "--out", tmp_path, "--device", "cpu", OMP_NUM_THREADS="2")
+    command("bagssl.py", "--out", tmp_path, "--device", "cpu")
     encoder, config = bagssl.load_encoder(tmp_path / "checkpoint.pt")
     torch.manual_seed(0)
     untrained = bagssl.Encoder(config.arch, config.stem_stride, config.projector).eval()
