@@ -61,7 +61,7 @@ class UserError(Exception):
 
 @dataclass
 class Config:
-    preset: str = "demo"  # settings that replace the defaults below
+    preset: str = "demo"  # demo, cifar10-cpu, cifar10, cifar100 or imagenet: settings that replace the defaults below
     data: str = "demo"  # demo (generated), cifar10 or cifar100 (downloaded if not in the cache), or a folder of images
     cache: str = "data"  # folder for downloads and decoded images, shared by all runs
     out: str = "runs/demo"  # folder of the run, by default runs/PRESET; an interrupted run there is continued
@@ -98,8 +98,12 @@ class Config:
             raise UserError("--patch-scale takes a fraction above 0, up to 1, or two and a --patch-size to resize to")
         if (self.patch_size or round(low ** 0.5 * self.image_size)) < 3 or min(self.batch_size, self.num_patches) < 2:
             raise UserError("patches must be 3 pixels wide or more, --batch-size and --num-patches 2 or more")
+        if self.arch == "patchnet" and self.stem_stride == 4:
+            raise UserError("--stem-stride 4 is a ResNet's own stem; patchnet takes 1 or 2")
         if self.epochs < 1 or not all(0 <= x < math.inf for x in vars(self).values() if isinstance(x, float)):
             raise UserError("--epochs must be 1 or more; rates, weights and minutes 0 or more, and finite")
+        if self.warmup > 1:
+            raise UserError("--warmup is a fraction of the steps, from 0 to 1")
 
 
 # Chosen on CIFAR-10. Smaller batches allow more steps in the same time. An inv_weight of 10 gains two to three points
@@ -107,8 +111,8 @@ class Config:
 CIFAR = dict(batch_size=64, projector=(1024, 1024, 1024), inv_weight=10.0)
 
 PRESETS = {
-    # Two patches of a demo image have only its class in common, one of ten. So few dimensions of z suffice, and their
-    # projections cannot agree closely: the invariance term stays large. cov_weight is raised to match it.
+    # Two patches of a demo image have only its class, one of ten, in common. Hence a few dimensions of z are enough.
+    # The patches' projections cannot agree closely: the invariance term stays large, and cov_weight is raised to match.
     "demo": dict(data="demo", image_size=80, patch_scale=(0.04,), batch_size=64, epochs=10, projector=(512, 512, 32),
                  cov_weight=10.0),
     "cifar10-cpu": dict(CIFAR, data="cifar10", epochs=18),  # half an hour on two cores, less on fast ones
@@ -381,10 +385,10 @@ class Encoder(nn.Module):
 # Expand it. The mean of r z1.z2 is E_{p(x1, x2)}[z1.z2]; that of (z1.z2)^2 is || E[z z^T] ||_F^2, as x1 and x2 are
 # independent; that of r^2 is constant. So L_C is 2 w L_S + const, where L_S is the paper's second loss:
 #     L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2
-# If each of the D dimensions of z has mean 0 and variance 1, VICReg's loss is inv_weight / D times 2 L_S, up to a
-# constant. The two terms of 2 L_S are, on the right, those of VICReg:
+# Let w be 2 cov_weight / inv_weight. If each of the D dimensions of z has mean 0 and variance 1, VICReg's loss is
+# inv_weight / D times 2 L_S, up to a constant, since the two terms of 2 L_S are VICReg's:
 #     -2 E[z1.z2] = E |z1 - z2|^2 + const                       (invariance)
-#     w || E[z z^T] ||_F^2 = w sum_{d != e} cov_de^2 + const    (covariance; w = 2 cov_weight / inv_weight)
+#     w || E[z z^T] ||_F^2 = w sum_{d != e} cov_de^2 + const    (covariance)
 # VICReg sees to that mean and variance: it subtracts the mean before the covariances, and its hinge keeps the variances
 # near 1, while the invariance term alone would shrink them to 0.
 
@@ -398,7 +402,7 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4):
     with variances and covariances over the batch, with divisor B - 1. This is the VICReg authors' code
     (Bardes, Ponce, LeCun, 2022); the equation in their paper does not halve the hinges.
     Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. Computed in float32 at least, also
-    under autocast.
+    under autocast (on GPUs, products of matrices as `start_process` sets them).
     """
     B, V, D = z.shape
     with torch.autocast(z.device.type, enabled=False):
@@ -498,8 +502,8 @@ class BatchNorm(nn.BatchNorm2d):
             share = self.momentum or 1 / self.num_batches_tracked  # `update_bn` sets momentum to None: a plain mean
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(var * count / (count - 1), share)
-        # With mean 0 and variance 1, F.batch_norm is x * scale + shift in one pass; gradients reach the statistics
-        # through scale and shift.
+        # Told that the mean is 0 and the variance 1, F.batch_norm computes x * scale + shift in one pass; gradients
+        # reach the true statistics through scale and shift.
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
         return F.batch_norm(x, torch.zeros_like(mean), torch.ones_like(var), scale, shift, eps=0.0)
@@ -572,7 +576,7 @@ def load_images(data, split="train", image_size=32, cache="data"):
 def find_images(folder):
     """The paths of the images in a folder, at any depth, relative to it and sorted; hidden ones are skipped."""
     def refuse(error):
-        raise UserError(f"cannot read {error.filename} ({error.strerror}), in which --data has images")
+        raise UserError(f"cannot read {error.filename} ({error.strerror}); --data takes a folder of images")
 
     types = torchvision.datasets.folder.IMG_EXTENSIONS
     paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder, onerror=refuse, followlinks=True)
@@ -627,9 +631,10 @@ def decode_folder(folder, names, size, cache):
 
 
 # The demo's images are generated, so that the truth is known. An image has 5 x 5 cells, each with a grating of one of
-# 6 angles and 4 frequencies. Six classes fix the angle of the cells, four the frequency; the rest is random, and so is
-# one cell in 20. A grating occurs in one class of each kind, more often in that of its angle: from one cell, 57.5 % of
-# guesses are right at best. Only the mix of cells tells the class; colour, contrast, phase and noise do not.
+# 6 angles and 4 frequencies. Six classes each fix the angle of their cells, with random frequencies; four fix the
+# frequency, with random angles. One cell in 20 ignores the class. So a grating is typical of two classes, one of each
+# kind, and likelier in its angle's: from one cell, 57.5 % of guesses are right at best. Only the mix of cells tells the
+# class; colour, contrast, phase and noise do not.
 
 
 def demo_probabilities():
@@ -669,7 +674,7 @@ def demo_images(count, image_size, seed):
 #
 # The order of the images and the patches depend only on the seed and the epoch: each process draws the numbers of the
 # whole batch and keeps those of its own images. So they do not depend on the number of processes, and a run resumed at
-# the end of an epoch goes on as if it had not been interrupted.
+# the end of an epoch trains the encoder as if it had not been interrupted.
 
 LOG_EVERY = 50  # steps between lines of the log; the other steps do not wait for the GPU
 
@@ -745,10 +750,10 @@ def train(config):
         raise UserError(f"--batch-size {B} cannot be divided among {WORLD_SIZE} processes")
     device = start_process(config.device)
     if LOCAL_RANK > 0:
-        dist.barrier()  # the first process of each machine, which may have to decode the images, reaches its barrier
+        dist.barrier()  # until the first process of this machine has loaded, and if need be decoded, the images
     images, labels = load_images(config.data, "train", config.image_size, config.cache)
     if LOCAL_RANK == 0 and WORLD_SIZE > 1:
-        dist.barrier()  # only here; then the others find them decoded
+        dist.barrier()  # the others may go on: they find the images decoded
     per_epoch = len(images) // B  # an epoch's last, incomplete batch is left out
     steps = config.epochs * per_epoch
     if steps == 0:
@@ -820,7 +825,8 @@ def train(config):
             z = gather(z.unflatten(0, (b, V)))  # (B, V, D)
             loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight)
             optimizer.zero_grad()
-            loss.backward()  # `gather` sums z's gradients over the processes, and DDP's mean divides by their number
+            # Each process has the whole loss: `gather` sums equally many gradients of it, and DDP's mean undoes that.
+            loss.backward()
             done = step + 1
             check = done % 10 == 0 or done % per_epoch == 0  # not always, as it waits for the GPU, but before saving
             norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf, error_if_nonfinite=check)
