@@ -667,7 +667,7 @@ def test_the_online_probe_learns_and_changes_no_weight(tiny_run, tiny, out, run,
     assert "probe" in read_log(tiny_run.out)[-1]
     usual = bagssl.load_images
     monkeypatch.setattr(bagssl, "load_images", lambda *arguments: (usual(*arguments)[0], None))
-    assert "probe 5" in tiny_run.printed and not re.search(r"probe \d", run(*tiny))
+    assert re.search(r"probe \d", tiny_run.printed) and not re.search(r"probe \d", run(*tiny))
     assert "probe" not in read_log(out)[-1] and same_weights(out, tiny_run.out)
 
     class Knows(bagssl.Encoder):  # an h that tells the class
