@@ -100,10 +100,9 @@ class Config:
             raise UserError("patches must be 3 pixels wide or more, --batch-size and --num-patches 2 or more")
         if self.arch == "patchnet" and self.stem_stride == 4:
             raise UserError("--stem-stride 4 is a ResNet's own stem; patchnet takes 1 or 2")
-        if self.epochs < 1 or not all(0 <= x < math.inf for x in vars(self).values() if isinstance(x, float)):
-            raise UserError("--epochs must be 1 or more; rates, weights and minutes 0 or more, and finite")
-        if self.warmup > 1:
-            raise UserError("--warmup is a fraction of the steps, from 0 to 1")
+        numbers = [value for value in vars(self).values() if isinstance(value, float)]
+        if self.epochs < 1 or self.warmup > 1 or not all(0 <= number < math.inf for number in numbers):
+            raise UserError("--epochs must be 1 or more, --warmup 0 to 1, other rates, weights and minutes 0 or more")
 
 
 # Chosen on CIFAR-10. Smaller batches allow more steps in the same time. An inv_weight of 10 gains two to three points
@@ -541,7 +540,7 @@ def load_images(data, split="train", image_size=32, cache="data"):
 
     data: demo; cifar10 or cifar100, which torchvision downloads to `cache` unless they are there; or a folder. If it
     has train/ and val/ or test/, images lie there in class folders. Otherwise all its images, at any depth, are
-    training images without labels. Raises UserError if there are no such images, or if some cannot be used.
+    training images, without labels. Raises UserError if there are no such images, or if some cannot be used.
     """
     if split not in ("train", "test"):
         raise UserError(f"the split of the images must be train or test, not {split}")
@@ -564,13 +563,12 @@ def load_images(data, split="train", image_size=32, cache="data"):
         return decode_folder(root, find_images(root), image_size, Path(cache)), None
     folder = train if split == "train" else test
     names = find_images(folder)
-    classes = sorted(path.name for path in train.iterdir() if path.is_dir() and not path.name.startswith("."))
-    class_names, labels = [name.split(os.sep)[0] for name in names], None
-    if not (unknown := sorted({*class_names} - {*classes})):
-        labels = torch.from_numpy(np.searchsorted(classes, class_names))
-    elif split == "test":  # training images may be without a class
-        raise UserError(f"{folder / unknown[0]} has no counterpart among the class folders in {train}")
-    return decode_folder(folder, names, image_size, Path(cache)), labels
+    classes = sorted(path.name for path in train.iterdir() if path.is_dir() and path.name[0] != ".")
+    own = [name.split(os.sep)[0] for name in names]
+    if unknown := {*own} - {*classes}:
+        raise UserError(f"{folder / min(unknown)} is not one of the class folders in {train}; without classes, give "
+                        f"--data {train}")
+    return decode_folder(folder, names, image_size, Path(cache)), torch.from_numpy(np.searchsorted(classes, own))
 
 
 def find_images(folder):
@@ -579,10 +577,10 @@ def find_images(folder):
         raise UserError(f"cannot read {error.filename} ({error.strerror}); --data takes a folder of images")
 
     types = torchvision.datasets.folder.IMG_EXTENSIONS
-    paths = [os.path.join(parent, name) for parent, _, names in os.walk(folder, onerror=refuse, followlinks=True)
-             for name in names if name.lower().endswith(types)]
-    names = sorted(os.path.relpath(path, folder) for path in paths)
-    if names := [name for name in names if f"{os.sep}." not in os.sep + name]:
+    names = [os.path.relpath(os.path.join(parent, name), folder)
+             for parent, _, files in os.walk(folder, onerror=refuse, followlinks=True)
+             for name in files if name.lower().endswith(types)]
+    if names := sorted(name for name in names if f"{os.sep}." not in os.sep + name):
         return names
     raise UserError(f"no images in {folder} (none of {' '.join(types)}); --data takes a folder of images")
 

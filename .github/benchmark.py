@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -327,15 +328,6 @@ def compare_losses():
     print(f"memory of the loss, V = 2, B = 256, D = 8192: by D x D {square:.0f} MB; ours {ours:.0f} MB", flush=True)
 
 
-@torch.no_grad()
-def compare_bag(images):
-    backbone = bagssl.make_backbone(CONFIG.arch).eval().to(memory_format=torch.channels_last)
-    patches = torch.randn(1024, 3, 16, 16).contiguous(memory_format=torch.channels_last)
-    bag = bagssl.BagOfPatches(backbone, 4, 0.25)
-    compare("bag", 9, {"backbone alone": lambda: [backbone(some) for some in patches.split(256)],
-                       "BagOfPatches": lambda: [bag(some) for some in images[:64].split(16)]}, len(patches))
-
-
 def compare_training(images):
     plain, resnet, patchnet = (bagssl.Encoder(arch, 1, CONFIG.projector)
                                for arch in ("resnet18", "resnet18", "patchnet"))
@@ -400,7 +392,6 @@ def ratios():
     noise = torch.randint(256, (1024, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     compare_input(noise)
     compare_losses()
-    compare_bag(noise)
     compare_pooling()
     compare_training(noise[:128])
     time_probe()
