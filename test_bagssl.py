@@ -40,6 +40,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / ".github"))
 import benchmark
 import claims
+import peers
 
 TINY = ["--image-size", "40", "--patch-scale", "0.0625", "--batch-size", "8", "--num-patches", "2", "--epochs", "6",
         "--projector", "16", "16", "16", "--lr", "1e-3", "--device", "cpu", "--save-every", "0"]
@@ -1215,6 +1216,19 @@ def test_the_benchmark_counts_and_simulates(run, monkeypatch, capsys):
     # z is gathered once, and so are the mean and variance of each of seven normalisations; gradients are summed in MB
     weights = sum(p.numel() for p in bagssl.Encoder(projector=(1024,) * 3).parameters() if p.requires_grad)
     assert two[5] == "(8)" and float(two[6]) == pytest.approx(4 * weights / 1e6 + float(two[4]), abs=0.1)
+
+
+def test_kmeans_features_are_the_distances_summed_over_quadrants():
+    images, whitening, mean, centres = noise(3, 3, 12, 12), torch.randn(108, 108), torch.randn(108), torch.randn(5, 108)
+    found = peers.triangle_features(images, whitening / 9, mean, centres).view(3, 2, 2, 5)
+    for image, its_found in zip(images, found):
+        expected = torch.zeros(2, 2, 5)
+        for y, x in itertools.product(range(7), range(7)):
+            block = image[:, y:y + 6, x:x + 6].float().flatten()
+            block = (block - block.mean()) / (block.var() + 10).sqrt() - mean
+            distance = (block @ (whitening / 9) - centres).norm(dim=1)
+            expected[y // 4, x // 4] += (distance.mean() - distance).relu()
+        assert_close(its_found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_the_curve_is_drawn_from_the_tables(monkeypatch):

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: MIT
+"""What the same time buys otherwise: two other methods on CIFAR-10, probed as eval_linear.py does.
+
+    pip install lightly scikit-learn
+    python .github/peers.py lightly --minutes 30     # VICReg on whole images, a ResNet-18, by lightly's parts
+    python .github/peers.py kmeans --centres 4000    # k-means on patches of 6 x 6 pixels, no network
+
+`lightly`: loss, head, transform and optimiser are lightly's, with the settings of its benchmark on CIFAR-10; the stem,
+a 3 x 3 convolution of stride 1, suits 32 x 32 pixels; bfloat16 where ours uses it. The learning rate falls to zero at
+the end of the given time. `kmeans`: Coates, Ng, Lee, "An Analysis of Single-Layer Networks in Unsupervised Feature
+Learning" (2011), with softmax regression for their support vector machine.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import bagssl
+import eval_linear
+
+CPU = torch.device("cpu")
+
+
+def show(name, begun, learned, row):
+    columns = [f"{key} {row[key]:.2f} %" for key in ("top1", "knn") if key in row]
+    print(f"{name}: learned in {(learned - begun) / 60:.1f} min, probed in {(time.time() - learned) / 60:.1f} min; "
+          + ", ".join(columns), flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Whole images, by lightly
+
+
+def whole_images(arguments, train, labels, test, test_labels):
+    """Train a ResNet-18 on two crops of each image for the given time, then probe its whole-image embedding."""
+    from lightly.loss import VICRegLoss
+    from lightly.models.modules.heads import BarlowTwinsProjectionHead
+    from lightly.transforms import VICRegTransform
+    from lightly.utils.lars import LARS
+
+    transform, B = VICRegTransform(input_size=32, gaussian_blur=0.0), arguments.batch_size
+
+    class Views(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(train)
+
+        def __getitem__(self, index):
+            return torch.stack(transform(torchvision.transforms.functional.to_pil_image(train[index])))
+
+    torch.manual_seed(0)
+    backbone = bagssl.make_backbone("resnet18", 1).to(memory_format=torch.channels_last)
+    head, criterion = BarlowTwinsProjectionHead(512, 2048, 2048), VICRegLoss()
+    peak = 0.3 * B / 256
+    optimizer = LARS([*backbone.parameters(), *head.parameters()], lr=peak, momentum=0.9, weight_decay=1e-4)
+    begun, steps, done = time.time(), 0, 0.0
+    while done < 1:
+        for views in torch.utils.data.DataLoader(Views(), B, shuffle=True, drop_last=True, num_workers=2):
+            optimizer.param_groups[0]["lr"] = peak * min(1, done / 0.1 + 1e-3) * (1 + math.cos(math.pi * done)) / 2
+            x = views.transpose(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (2 B, 3, 32, 32)
+            with bagssl.autocast(CPU):
+                z = head(backbone(x))
+            loss = criterion(*z.float().chunk(2))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            steps, done = steps + 1, (time.time() - begun) / (60 * arguments.minutes)
+            if steps % 20 == 0 or done >= 1:
+                print(f"step {steps}, {2 * B * steps:,} crops, {done:.0%} of the time: loss {loss:.2f}", flush=True)
+            if done >= 1:
+                break
+    learned, whole = time.time(), bagssl.BagOfPatches(backbone.eval(), 1, 1.0)
+    features = [eval_linear.embed(whole, images, CPU) for images in (train, test)]
+    row = eval_linear.linear_probe(features[0], labels, features[1], test_labels)
+    row["knn"] = eval_linear.knn_probe(features[0], labels, features[1], test_labels)
+    show(f"lightly, {2 * B * steps:,} crops", begun, learned, row)
+
+
+# --------------------------------------------------------------------------------------------------
+# k-means
+
+
+def blocks_of(images, side=6):
+    """All blocks of side x side pixels, contrast-normalised: uint8 (B, 3, H, W) -> float32 (B, positions, 3 side^2)."""
+    blocks = F.unfold(images.float(), side).transpose(1, 2)
+    return (blocks - blocks.mean(2, keepdim=True)) / (blocks.var(2, keepdim=True) + 10).sqrt()
+
+
+def triangle_features(images, whitening, mean, centres, block=2):
+    """Each centre's activation, max(0, mean distance to all centres - its own), summed over quadrants: (N, 4 K).
+
+    With few images at a time, the distances, (block, positions, K), stay in the processor's cache.
+    """
+    side, features = images.shape[-1] - 5, []
+    for some in images.split(block):
+        distance = torch.cdist((blocks_of(some) - mean) @ whitening, centres[None])  # (B, positions, K)
+        active = (distance.mean(2, keepdim=True) - distance).relu_().unflatten(1, (side, side))
+        features.append(torch.stack([quadrant.sum((1, 2)) for half in active.tensor_split(2, 1)
+                                     for quadrant in half.tensor_split(2, 2)], 1).flatten(1))
+    return torch.cat(features)
+
+
+def kmeans(arguments, train, labels, test, test_labels):
+    """Learn centres of whitened blocks, pool each image's activations, fit a linear classifier."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    begun, generator = time.time(), torch.Generator().manual_seed(0)
+    rows = torch.randperm(len(train), generator=generator)[:10_000]
+    blocks = torch.cat([some[:, torch.randperm(729, generator=generator)[:40]] for some in
+                        map(blocks_of, train[rows].split(100))]).flatten(0, 1)  # (400,000, 108)
+    mean = blocks.mean(0)
+    variances, axes = torch.linalg.eigh(torch.cov(blocks.T))
+    whitening = axes / (variances + 0.1).sqrt() @ axes.T
+    found = MiniBatchKMeans(arguments.centres, batch_size=16_384, n_init=1, random_state=0, max_iter=20)
+    centres = torch.from_numpy(found.fit(((blocks - mean) @ whitening).numpy()).cluster_centers_).float()
+    print(f"{arguments.centres} centres after {(time.time() - begun) / 60:.1f} min", flush=True)
+    train, test = (triangle_features(images, whitening, mean, centres) for images in (train, test))
+    learned = time.time()
+    print(f"features of {train.shape[1]} dimensions after {(learned - begun) / 60:.1f} min", flush=True)
+    mean, std = train.mean(0), train.std(0).clamp(min=1e-6)
+    for features in (train, test):
+        features.sub_(mean).div_(std)
+    decays = [1e-1, 3e-2, 1e-2, 3e-3, 1e-3]
+    held, kept = torch.randperm(len(train), generator=generator).tensor_split([len(train) // 10])
+    weights = eval_linear.fit_linear(train[kept], labels[kept], 10, decays)
+    accuracy = [eval_linear.top_k(train[held] @ weight[:-1] + weight[-1], labels[held], 1) for weight in weights]
+    best = decays[accuracy.index(max(accuracy))]
+    weight, = eval_linear.fit_linear(train, labels, 10, [best], iterations=200)
+    top1 = eval_linear.top_k(test @ weight[:-1] + weight[-1], test_labels, 1)
+    show(f"kmeans, {arguments.centres} centres, decay {best}", begun, learned, {"top1": top1})
+
+
+@torch.no_grad()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("method", choices=["lightly", "kmeans"])
+    parser.add_argument("--minutes", type=float, default=30, help="lightly's time of training")
+    parser.add_argument("--batch-size", type=int, default=128, help="lightly's, in images")
+    parser.add_argument("--centres", type=int, default=4000, help="of k-means")
+    parser.add_argument("--data", default="cifar10", help="cifar10, or a folder with its images")
+    parser.add_argument("--images", type=int, help="use only so many training and test images, for a trial")
+    arguments = parser.parse_args()
+    sets = [part[:arguments.images] for split in ("train", "test")
+            for part in bagssl.load_images(arguments.data, split, 32)]
+    with torch.set_grad_enabled(arguments.method == "lightly"):
+        {"lightly": whole_images, "kmeans": kmeans}[arguments.method](arguments, *sets)
+
+
+if __name__ == "__main__":
+    bagssl.run_cli(main)
