@@ -72,7 +72,7 @@ def embed(embedder, images, device, name=""):
 def fit_linear(features, labels, classes, decays, iterations=100, block=8192):
     """Softmax regression by L-BFGS: minimise mean cross entropy + (decay / 2) ||W||^2, several decays at once.
 
-    features: (N, D), standardised and, for fast convergence, rotated to their principal axes (as by `linear_probe`).
+    features: (N, D), standardised and, for fast convergence, turned to their principal axes (as by `fit_probe`).
     labels: int64 (N,). Returns (R, D + 1, classes) for R decays; the last row is the bias, not decayed.
     """
     decays = torch.tensor(decays, device=features.device)[:, None, None]
@@ -104,36 +104,47 @@ def top_k(scores, labels, k):
     return 100 * (scores.topk(k, dim=1).indices == labels[:, None]).any(1).float().mean().item()
 
 
-def linear_probe(train, train_labels, test, test_labels, seed=0, decays=(1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)):
-    """Fit and test a linear probe on frozen features.
+def fit_probe(train, labels, seed=0, decays=(1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5)):
+    """Fit a linear probe on frozen features, standardised by the training set's statistics.
 
-    train (N, D), test (M, D): features, standardised here with the training set's statistics. Labels: int64 (N,), (M,).
-    The decay is chosen on a random tenth of the training set, held out, by fits of 30 iterations, which rank the decays
-    as converged ones do; then the probe is fitted to the whole set.
-    Returns a dict: the accuracies in per cent, "top1" and (with more than ten classes) "top5", and the chosen "decay".
-    Raises UserError on fewer than 10 training images.
+    train: features (N, D). labels: int64 (N,). The weight decay is chosen on a random tenth of the images, held out, by
+    fits of 30 iterations, which rank the decays nearly as converged ones do; then the probe is fitted to all images.
+    Returns the probe, (D + 1, classes): the weights of features that are not standardised, and in the last row the
+    bias; and the decay. Raises UserError on fewer than 10 images.
     """
     if len(train) < 10:
         raise UserError(f"{len(train)} images are too few to fit a probe and choose its weight decay; give 10 or more")
-    classes = int(train_labels.max()) + 1
+    classes = int(labels.max()) + 1
     mean, std = train.mean(0), train.std(0)
     std = std.where(std > 1e-6, 1.0)  # only centre constant features: a test image's may differ, and would explode
-    train, test = (train - mean) / std, (test - mean) / std
-    if len(train) < train.shape[1]:  # for speed: the optimal weights lie in the span of the training images
-        basis = torch.linalg.qr(train.T.cpu()).Q.to(train)
-        train, test = train @ basis, test @ basis
-    # On the CPU, as not every device has qr and eigh; in float64, as float32 may not converge.
-    axes = torch.linalg.eigh((train.T @ train).cpu().double()).eigenvectors.to(train)
-    train, test = train @ axes, test @ axes  # a rotation: the penalty, and so the optimum, is the same
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).to(train.device)
+    x = (train - mean) / std
+    # For speed, turn x to its principal axes; the penalty, and so the optimum, is the same. If images are fewer than
+    # features, turn it into their span first, in which the optimal weights lie. On the CPU, as not every device has qr
+    # and eigh; eigh in float64, as float32 may not converge.
+    span = torch.linalg.qr(x.T.cpu()).Q.to(x) if len(x) < x.shape[1] else None
+    inside = x if span is None else x @ span
+    axes = torch.linalg.eigh((inside.T @ inside).cpu().double()).eigenvectors.to(x)
+    axes = axes if span is None else span @ axes  # (D, D or N)
+    x = x @ axes
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
     held, kept = order.tensor_split([len(order) // 10])
-    weights = fit_linear(train[kept], train_labels[kept], classes, decays, iterations=30)
-    accuracy = [top_k(train[held] @ weight[:-1] + weight[-1], train_labels[held], 1) for weight in weights]
+    weights = fit_linear(x[kept], labels[kept], classes, decays, iterations=30)
+    accuracy = [top_k(x[held] @ weight[:-1] + weight[-1], labels[held], 1) for weight in weights]
     _, best = max(zip(accuracy, decays))  # the strongest of equally accurate ones
-    weight, = fit_linear(train, train_labels, classes, [best])
-    scores = test @ weight[:-1] + weight[-1]
-    ks = (1, 5) if classes > 10 else (1,)
-    return {f"top{k}": top_k(scores, test_labels, k) for k in ks} | {"decay": best}
+    weight, = fit_linear(x, labels, classes, [best])
+    slopes = axes @ weight[:-1] / std[:, None]
+    return torch.cat([slopes, (weight[-1] - mean @ slopes)[None]]), best
+
+
+def linear_probe(train, train_labels, test, test_labels, seed=0):
+    """Fit a linear probe to features train (N, D) and labels (N,) by `fit_probe`, and test it on test (M, D), (M,).
+
+    Returns a dict: the accuracies in per cent, "top1" and (with more than ten classes) "top5", and the chosen "decay".
+    """
+    probe, decay = fit_probe(train, train_labels, seed)
+    scores = test @ probe[:-1] + probe[-1]
+    ks = (1, 5) if scores.shape[1] > 10 else (1,)
+    return {f"top{k}": top_k(scores, test_labels, k) for k in ks} | {"decay": decay}
 
 
 def whiten(train, test, epsilon=1e-3):
@@ -143,7 +154,7 @@ def whiten(train, test, epsilon=1e-3):
     are amplified.
     """
     mean = train.mean(0)
-    variances, axes = torch.linalg.eigh(torch.cov(train.T).cpu().double())  # as in `linear_probe`
+    variances, axes = torch.linalg.eigh(torch.cov(train.T).cpu().double())  # as in `fit_probe`
     variances = (variances + epsilon * variances[-1]).clamp(min=1e-12)  # in case no feature varies
     axes = (axes / variances.sqrt()).to(train)
     return (train - mean) @ axes, (test - mean) @ axes

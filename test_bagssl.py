@@ -1167,8 +1167,8 @@ def test_claims_are_measured(copied, tiny_run, tmp_path, run, refused):
     assert "nearest neighbours drawn in" in run("locality", *copied, script=claims)
     assert {"patch, h", "bag of 16, z", "untrained, patch, z"} <= {row["features"] for row in table(tmp_path)}
     picture = np.array(Image.open(tmp_path / "neighbours.png"))
-    cell = 10 + 2 + 1  # a patch, its frame, a gap; a row has a query and its 8 neighbours in h, then in z
-    assert picture.shape == (6 * (10 * cell + 1), 6 * (18 * cell + 1), 3)
+    cell = 10 + 2 + 1  # a patch, its frame, a gap; a half has ten rows of a query and its 8 neighbours
+    assert picture.shape == (6 * (10 * cell + 1) + 24 + 24, 2 * 6 * (9 * cell + 1) + 3 * 12, 3)
     assert "only in the demo" in refused("cooccurrence", *copied, script=claims)
 
 
@@ -1201,6 +1201,30 @@ def test_locality_and_co_occurrence_tell_what_an_encoder_knows():
     assert claims.grating_similarity(Knows(1, 1), 20) < 0.5
 
 
+def test_votes_add_up_and_one_patch_can_decide(tmp_path, monkeypatch):
+    in_float32(monkeypatch)
+    backbone = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).requires_grad_(False)
+    images, probe = noise(3, 3, 40, 40), torch.randn(7, 4)
+    votes, scores = claims.votes_of(types.SimpleNamespace(backbone=backbone), probe, images, 0.0625, None, per_side=5)
+    expected = backbone(bagssl.normalize(bagssl.grid_patches(images, 5, 0.0625).flatten(0, 1))) @ probe[:6] + probe[6]
+    assert_close(votes, (expected - expected.mean(1, keepdim=True)).view(3, 25, 4), atol=1e-5, rtol=1e-4)
+    assert_close(votes.mean(1), scores, atol=1e-5, rtol=1e-4)
+
+    images, labels, places = torch.full((16, 3, 40, 40), 128).byte(), torch.arange(16) % 2, torch.arange(16)
+    grey = bagssl.normalize(images[0]).mean()
+    for image, label, place in zip(images, labels, places):  # one patch of a 4 x 4 grid is black or white, not grey
+        image.view(3, 4, 10, 4, 10)[:, place // 4, :, place % 4] = 255 * label
+    bright = types.SimpleNamespace(backbone=lambda x: x.mean((1, 2, 3))[:, None])
+    votes, scores = claims.votes_of(bright, torch.tensor([[-1, 1], [grey, -grey]]), images, 0.0625, None, per_side=4)
+    assert scores.argmax(1).equal(labels)
+    assert votes[torch.arange(16), :, labels].argmax(1).equal(places)
+    most, least = claims.split_by_agreement(votes)
+    assert most.argmax(1).equal(labels) and len(least.argmax(1).unique()) == 1  # of what is left, all look alike
+    labels[:3] = 1 - labels[:3]  # so that some are wrong
+    claims.draw_votes(tmp_path / "votes.png", images, labels, votes, ["black", "white"], 0.0625, None, count=2)
+    assert np.array(Image.open(tmp_path / "votes.png")).shape[0] > 4 * 128
+
+
 def test_the_benchmark_counts_and_simulates(run, monkeypatch, capsys):
     benchmark.time_decoding(8)
     assert "decoding: " in capsys.readouterr().out
@@ -1231,13 +1255,13 @@ def test_kmeans_features_are_the_distances_summed_over_quadrants():
         assert_close(its_found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_curve_is_drawn_from_the_tables(monkeypatch):
+def test_the_pictures_are_drawn_from_the_tables(monkeypatch):
     drawing, axis = Mock(), Mock()
-    drawing.subplots.return_value = Mock(), axis
+    drawing.subplots.return_value = Mock(axes=[]), axis
     monkeypatch.setitem(sys.modules, "matplotlib", Mock(pyplot=drawing))
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", drawing)
-    monkeypatch.setattr(sys, "argv", ["plots.py", "curve"])
-    runpy.run_path(str(HERE / ".github/plots.py"))
+    plots = runpy.run_path(str(HERE / ".github/plots.py"))
+    plots["draw_curve"]()
     drawn = [pair for call in axis.plot.call_args_list if "bag of 16, linear" in call.kwargs["label"]
              for pair in zip(*call.args[:2])]
     section = (HERE / ".github/RESULTS.md").read_text().partition("### The number of patches")[2]
@@ -1246,6 +1270,7 @@ def test_the_curve_is_drawn_from_the_tables(monkeypatch):
     tflop, _, _ = benchmark.count_step(bagssl.parse_config(["--preset", "cifar10-cpu"]), 1)
     assert [pflop for pflop, _ in drawn] == pytest.approx(
         [int(patches.replace(",", "")) * tflop / 256e3 for patches, _ in rows], rel=1e-3)
+    assert len(plots["table"]("Claim 1", "pretraining")) == 10 and len(plots["table"]("Claim 3", "bag of")) == 8
 
 
 # --------------------------------------------------- Bad input: one sentence, exit code 2, nothing overwritten

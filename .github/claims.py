@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""Evidence for three of the paper's claims, from the checkpoint of a run.
+"""Evidence for three of the paper's claims, and a bag's decision taken apart, from the checkpoint of a run.
 
     python .github/claims.py parts --checkpoint RUN/checkpoint.pt --patches 1 4 16 64
     python .github/claims.py locality --checkpoint RUN/checkpoint.pt --test-images 3000
     python .github/claims.py cooccurrence --checkpoint runs/demo/checkpoint.pt
+    python .github/claims.py votes --checkpoint RUN/checkpoint.pt --test-images 1000
 
 parts: is the embedding of a whole image close to the mean embedding of its patches? locality: what do the
 embedding h and the projection z know about a patch? It also draws RUN/neighbours.png. cooccurrence: are
-gratings that occur together close in z? Each adds its rows to RUN/eval.jsonl. All use no training images. Only parts
-uses --patches; cooccurrence has images and patches of its own.
+gratings that occur together close in z? votes: which patches decide? It draws RUN/votes.png. Each adds its rows to
+RUN/eval.jsonl. Only votes uses training images; cooccurrence has images and patches of its own.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import torchvision
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bagssl
 import eval_linear
+import pictures
 from bagssl import BagOfPatches, UserError
 
 # --------------------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ def locality(encoder, images, labels, scale, size, seed=0):
 
 
 def draw_neighbours(path, encoder, images, scale, size, queries=10, count=8, most=3000, seed=0):
-    """Write a picture: in each row a patch, framed, and its nearest neighbours by cosine in h, then the same in z.
+    """Write a picture: in each row a patch, framed, and its nearest neighbours by cosine; on the left in h, then in z.
 
     images: uint8 (N, 3, S, S), at most `most` of which are taken, at random. Neighbours are sought among a 4 x 4 grid
     of patches of each of the other images; of each image at most the nearest patch is shown.
@@ -152,18 +154,19 @@ def draw_neighbours(path, encoder, images, scale, size, queries=10, count=8, mos
     images = images[torch.randperm(len(images), generator=generator)[:most]]
     patches = torch.cat([bagssl.grid_patches(some, 4, scale, size) for some in images.split(256)]).flatten(0, 1)
     chosen = torch.randperm(len(patches), generator=generator)[:queries].tolist()
-    rows = [[] for _ in chosen]
+    halves = []
     for vectors in embed_patches(encoder, patches):
-        vectors = F.normalize(vectors - vectors.mean(0))
-        for query, row in zip(chosen, rows):
+        vectors, cells = F.normalize(vectors - vectors.mean(0)), []
+        for query in chosen:
             cosine, patch = (vectors @ vectors[query]).unflatten(0, (-1, 16)).max(1)  # (N,), the best of each image
             cosine[query // 16] = -1  # not its own image
             nearest = cosine.topk(count).indices
-            row.append(torch.stack([F.pad(channel, (1, 1, 1, 1), value=value)
-                                    for channel, value in zip(patches[query], (230, 0, 0))]))
-            row += F.pad(patches[16 * nearest + patch[nearest]], (1, 1, 1, 1), value=255)
-    grid = torchvision.utils.make_grid(sum(rows, []), nrow=2 * (count + 1), padding=1, pad_value=255)
-    torchvision.utils.save_image(F.interpolate(grid[None] / 255, scale_factor=max(1, 64 // patches.shape[-1])), path)
+            cells.append(torch.stack([F.pad(channel, (1, 1, 1, 1), value=value)
+                                      for channel, value in zip(patches[query], (230, 0, 0))]))
+            cells += F.pad(patches[16 * nearest + patch[nearest]], (1, 1, 1, 1), value=255)
+        halves.append(torchvision.utils.make_grid(cells, count + 1, 1, pad_value=255))
+    labels = "patches (framed) and their nearest by the embedding h", "the same, nearest by the projection z"
+    pictures.draw(path, [[*zip(labels, halves)]], height=halves[0].shape[1] * max(1, 64 // patches.shape[-1]), text=18)
 
 
 def show_locality(arguments, trained, untrained, config, _):
@@ -221,9 +224,110 @@ def show_cooccurrence(arguments, trained, untrained, config, _):
 
 
 # --------------------------------------------------------------------------------------------------
+# Votes: a linear probe of a mean is the mean of a linear probe, w.mean(h) + b = mean(w.h + b). So a
+# bag's scores are the mean of its patches' scores, and each patch has a vote
+
+
+@torch.no_grad()
+def votes_of(encoder, probe, images, scale, size, per_side=17):
+    """Votes of a dense grid of patches (N, V, classes), in float32, and the probe's scores of the bag (N, classes).
+
+    images: uint8 (N, 3, S, S). probe: (D + 1, classes), as from `eval_linear.fit_probe`. A patch's votes are its scores
+    less their mean over the classes, which changes no decision; the bag's scores are given likewise.
+    """
+    probe = probe - probe.mean(1, keepdim=True)
+    bag, votes, scores = BagOfPatches(encoder.backbone, per_side, scale, size), [], []
+    for image in images.to(probe.device).split(1):
+        patches = bagssl.normalize(bagssl.grid_patches(image, per_side, scale, size)[0])
+        with bagssl.autocast(probe.device):
+            h, mean = encoder.backbone(patches.contiguous(memory_format=torch.channels_last)), bag(image)
+        votes.append(h.float() @ probe[:-1] + probe[-1])
+        scores.append(mean @ probe[:-1] + probe[-1])
+    return torch.stack(votes).cpu(), torch.cat(scores).cpu()
+
+
+def split_by_agreement(votes):
+    """Scores (N, classes) of two halves of each image's patches: those that vote most, and least, for the decision."""
+    decision = votes.mean(1).argmax(1)
+    order = votes[torch.arange(len(votes)), :, decision].argsort(1, descending=True)  # (N, V)
+    ranked = votes.gather(1, order[..., None].expand_as(votes))
+    most, least = ranked.tensor_split(2, 1)
+    return most.mean(1), least.mean(1)
+
+
+def colour(map, most):
+    """A map of votes (H, W) as uint8 (3, H, W): red for, blue against, white 0, full at `most`."""
+    share = (map / most).clamp(-1, 1)
+    red, blue = 1 + share.clamp(max=0), 1 - share.clamp(min=0)
+    return (255 * torch.stack([red, torch.minimum(red, blue), blue])).to(torch.uint8)
+
+
+def apart(votes, per_side, count=6):
+    """The places of the strongest of votes (per_side^2,), each at least a sixth of the grid from all stronger ones."""
+    y, x = torch.meshgrid(torch.arange(per_side), torch.arange(per_side), indexing="ij")
+    left, found = votes.view(per_side, per_side).clone(), []
+    for _ in range(count):
+        found.append(left.argmax().item())
+        top, start = divmod(found[-1], per_side)
+        left[torch.maximum((y - top).abs(), (x - start).abs()) < per_side / 6] = -math.inf
+    return found
+
+
+def draw_votes(path, images, labels, votes, names, scale, size, count=2, seed=0):
+    """Write a picture of `count` images that were decided rightly and as many that were not, chosen at random.
+
+    A row: the image, the votes of the patch around each point for the decision and for another class (the true one, or
+    if that was the decision, the second), and six patches with the strongest votes for the decision.
+    """
+    scores, generator = votes.mean(1), torch.Generator().manual_seed(seed)
+    best, second = scores.topk(2, dim=1).indices.T
+    per_side, rows = math.isqrt(votes.shape[1]), []
+    for right in (True, False):
+        among = torch.nonzero((best == labels) == right).flatten()
+        for i in among[torch.randperm(len(among), generator=generator)[:count]].tolist():
+            decision, other = best[i].item(), (second[i] if right else labels[i]).item()
+            most = votes[i][:, [decision, other]].abs().max()
+            maps = [colour(votes[i, :, which].view(per_side, per_side), most) for which in (decision, other)]
+            patches = bagssl.grid_patches(images[i:i + 1], per_side, scale, size)[0]
+            strongest = patches[apart(votes[i, :, decision], per_side)]
+            rows.append([(f"{names[labels[i]]}, {'right' if right else 'wrong'}", images[i]),
+                         (f"votes for {names[decision]}", maps[0]), (f"votes for {names[other]}", maps[1]),
+                         (f"most for {names[decision]}", torchvision.utils.make_grid(strongest, 3, 1, pad_value=255))])
+    pictures.draw(path, rows)
+
+
+def show_votes(arguments, trained, untrained, config, _):
+    """Print how far a bag's decision is its patches' own, and draw the votes of some images."""
+    scale, size = config.patch_scale[0], config.patch_size or None
+    device, per_side = next(trained.parameters()).device, math.isqrt(max(arguments.patches))
+    train, labels = eval_linear.load_split(config, arguments, "train")
+    bag = BagOfPatches(trained.backbone, per_side, scale, size)
+    features = eval_linear.embed(bag, train, device, f"bag of {per_side ** 2}, train").to(device)
+    probe, _ = eval_linear.fit_probe(features, labels.to(device))
+    images, labels = eval_linear.load_split(config, arguments, "test")
+    votes, scores = votes_of(trained, probe, images, scale, size)
+    decision, halves = scores.argmax(1), split_by_agreement(votes)
+    agreeing = (votes.argmax(2) == decision[:, None]).float().mean(1)
+    row = {"features": f"votes of {votes.shape[1]} patches", "top1": eval_linear.top_k(scores, labels, 1),
+           "difference": (votes.mean(1) - scores).abs().max().item(), "agreeing": 100 * agreeing.median().item(),
+           "top1 of the half that agrees most": eval_linear.top_k(halves[0], labels, 1),
+           "top1 of the half that agrees least": eval_linear.top_k(halves[1], labels, 1)}
+    folder, picture = Path(config.data, "train"), Path(arguments.checkpoint).with_name("votes.png")
+    names = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir()) or [f"class {i}" for i in range(1000)]
+    draw_votes(picture, images, labels, votes, names, scale, size)
+    print(f"{len(images):,} images, a grid of {votes.shape[1]} patches each; probe fitted to bags of {per_side ** 2}\n"
+          f"mean of the votes against the probe's scores: at most {row['difference']:.1e} apart\n"
+          f"patches whose own vote is the bag's decision: {row['agreeing']:.0f} % (median over the images)\n"
+          f"right, in %: all patches {row['top1']:.1f}, the half that agrees most with the decision "
+          f"{row['top1 of the half that agrees most']:.1f}, the half that agrees least "
+          f"{row['top1 of the half that agrees least']:.1f}\nvotes drawn in {picture}")
+    return [row]
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 
-CLAIMS = {"parts": show_parts, "locality": show_locality, "cooccurrence": show_cooccurrence}
+CLAIMS = {"parts": show_parts, "locality": show_locality, "cooccurrence": show_cooccurrence, "votes": show_votes}
 
 
 def main():

@@ -1,14 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Plot what eval_linear.py and claims.py saved in runs' folders, beside this file; needs matplotlib.
+"""Draw accuracy.png, cosine.png and curve.png from the tables of RESULTS.md, beside this file; needs matplotlib.
 
-    python eval_linear.py --checkpoint RUN/checkpoint.pt --patches 1 4 16 64             # for each run
-    python .github/claims.py parts --checkpoint RUN/checkpoint.pt --patches 1 4 16 64    # for each run
-    python .github/plots.py runs/cifar10-fixed runs/cifar10-multi runs/imagenette-fixed runs/imagenette-multi
-    python .github/plots.py curve
-
-accuracy.png: linear probe against the number of patches in the bag. cosine.png: cosine between the whole image's
-embedding and the bag's. A panel for each data set, a colour for each kind of training. curve.png: the first table of
-RESULTS.md's section "The number of patches", beside published figures.
+    python .github/plots.py
+    python .github/plots.py runs/cifar10-cpu/log.jsonl    # and learning.png, from the log of a run
 """
 
 import itertools
@@ -20,89 +14,114 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 PFLOP_PER_PATCH = 25.36e-6 / 256  # of the preset cifar10-cpu, as `benchmark.py flops` counts
+COLOURS = {"fixed scale": "tab:blue", "multi-scale": "tab:orange"}
+BAGS = {"one patch": 1, "bag of 4": 4, "bag of 16": 16, "bag of 64": 64}
 
 
-def patches_in(name):
-    """The size of the bag that a row of eval.jsonl is about: "bag of 16" -> 16."""
-    return 1 if "one patch" in name else int(name.rpartition(" ")[2])
+def table(section, first):
+    """The rows, {column: cell}, of the table in a section of RESULTS.md whose first column is `first`."""
+    text = (HERE / "RESULTS.md").read_text().partition(f"# {section}\n")[2].partition(f"\n| {first} |")[2]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in
+                        itertools.takewhile(lambda line: "|" in line, f"{first} |{text}".splitlines())]
+    return [dict(zip(header, row)) for row in rows]
 
 
-def plot_accuracy(axis, training, rows, colour):
-    top1 = {row["features"]: row["top1"] for row in rows}
-    whole = max(row["top1"] for row in rows if row["features"].startswith("whole"))  # with all pixels, not shrunk
-    bags = {patches_in(name): top1[name] for name in top1 if name.startswith(("one patch", "bag"))}
-    axis.plot(*zip(*sorted(bags.items())), "o-", color=colour, label=f"{training}: bag")
-    axis.axhline(whole, color=colour, ls="--", label=f"{training}: whole image, all pixels")
-    for name in top1:
-        if name.startswith("untrained"):
-            marker = "+" if training == "multi-scale" else "x"  # often in the same place
-            axis.plot(patches_in(name), top1[name], marker, color=colour, label=f"{training}, untrained: {name[11:]}")
-
-
-def plot_cosine(axis, training, rows, colour):
-    newest = {row["features"]: row for row in rows}
-    for prefix, style in (("", "o-"), ("untrained, ", "x:")):
-        chosen = {patches_in(name): row for name, row in newest.items()
-                  if name.startswith((prefix + "one patch", prefix + "bag"))}
-        for of, alpha in (("same image", 1.0), ("same class", 0.6), ("other class", 0.3)):
-            axis.plot(chosen.keys(), [row[of] for row in chosen.values()], style, color=colour, alpha=alpha,
-                      label=f"{training}, {prefix}{of}")
-
-
-def draw(name, show, plot, label, runs):
-    """One picture, with a panel for each data set. Of equal rows of a run's eval.jsonl, the newest is drawn."""
-    panels = {}
-    for run in runs:
-        config = json.loads((run / "config.json").read_text())
-        rows = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
-        rows = [row for row in rows if row["show"] == show]
-        if rows:
-            training = "multi-scale" if len(config["patch_scale"]) == 2 else "fixed scale"
-            panels.setdefault(Path(config["data"]).name, []).append((training, rows))
-    if not panels:
-        sys.exit(f"error: no run's eval.jsonl has rows of {show}; plots.py without arguments says what writes them")
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="constrained")
-    for axis, (dataset, lines) in zip(axes[0], panels.items()):
-        for training, rows in lines:
-            plot(axis, training, rows, "tab:orange" if training == "multi-scale" else "tab:blue")
-        axis.set(title=dataset, xlabel="patches in the bag", ylabel=label, xscale="log", xticks=[1, 4, 16, 64],
-                 xticklabels=["1", "4", "16", "64"])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    entries = {label: line for axis in axes[0] for line, label in zip(*axis.get_legend_handles_labels())}
-    figure.legend(entries.values(), entries.keys(), fontsize=7, loc="outside lower center", ncols=2)
+def save(figure, name, columns=2):
+    """Write the figure with one legend for all its panels."""
+    entries = {label: line for axis in figure.axes for line, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(entries.values(), entries.keys(), fontsize=8, loc="outside lower center", ncols=columns)
     figure.savefig(HERE / f"{name}.png", dpi=110)
 
 
+def panels(ylabel):
+    """A figure with a panel for each data set, on equal axes: the value against the size of the bag."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, name in zip(axes, ("CIFAR-10", "Imagenette")):
+        axis.set(title=name, xlabel="patches in the bag", xscale="log", xticks=[*BAGS.values()],
+                 xticklabels=[*BAGS.values()])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel(ylabel)
+    return figure, axes
+
+
+def draw_accuracy():
+    """accuracy.png: claim 1. Bars span the seeds."""
+    figure, axes = panels("linear probe, % of test images right")
+    rows = {row["pretraining"]: row for row in table("Claim 1", "pretraining")}
+    for axis, (training, colour) in itertools.product(axes, COLOURS.items()):
+        name = f"{axis.get_title()}, {training}"
+        seeds = [row for key, row in rows.items() if key.startswith(f"{name}, seed")] or [rows[name]]
+        values = [[float(row[bag]) for row in seeds] for bag in BAGS]
+        means = [sum(of_bag) / len(of_bag) for of_bag in values]
+        spread = [[mean - min(of_bag) for mean, of_bag in zip(means, values)],
+                  [max(of_bag) - mean for mean, of_bag in zip(means, values)]]
+        axis.errorbar(BAGS.values(), means, spread, fmt="o-", capsize=4, color=colour, label=f"{training}: bag")
+        whole = sum(float(row["all pixels"]) for row in seeds) / len(seeds)
+        axis.axhline(whole, color=colour, ls="--", label=f"{training}: whole image, all pixels")
+        untrained = sum(float(row["untrained, 16"]) for row in seeds) / len(seeds)
+        axis.plot(16, untrained, "kx", label="untrained: bag of 16")
+    save(figure, "accuracy", 3)
+
+
+def draw_cosine():
+    """cosine.png: claim 3, of the multi-scale networks."""
+    figure, axes = panels("cosine to the whole image's embedding")
+    name = None
+    for row in table("Claim 3", "bag of"):
+        name = row["bag of"] or name  # a cell that is empty means the one above it
+        values, which = [float(row[size]) for size in ("1", "4", "16", "64")], list(row.values())[1]
+        axis = axes[0 if name.startswith("CIFAR") else 1]
+        axis.plot(BAGS.values(), values, "x:" if "untrained" in name else "o-",
+                  color="tab:purple" if "same image" in which else "tab:grey",
+                  label=f"{'untrained' if 'untrained' in name else 'trained'}: {which}")
+    save(figure, "cosine")
+
+
 def draw_curve():
-    """curve.png, from the first table of RESULTS.md's section on the number of patches."""
-    section = (HERE / "RESULTS.md").read_text().partition("### The number of patches")[2].partition("| epochs |")[2]
-    header, _, *rows = [[cell.strip() for cell in line.split("|")]
-                        for line in itertools.takewhile(lambda line: "|" in line, section.splitlines())]
-    rows = [row for row in rows if row[1].isdigit()]
-    columns = {"linear probe": "bag of 16", "kNN, whitened": "on whitened h", "kNN": "kNN, bag of 16"}
+    """curve.png: the preset cifar10-cpu with other numbers of epochs, beside published figures."""
+    rows = [row for row in table("The number of patches", "epochs") if row["epochs"].isdigit()]
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
+    columns = {"linear probe": "bag of 16", "kNN, whitened": "on whitened h", "kNN": "kNN, bag of 16"}
     for (name, column), colour in zip(columns.items(), ("tab:blue", "tab:cyan", "tab:grey")):
-        top1 = [float(row[header.index(column) + 2]) for row in rows]
-        pflop = [int(row[2].replace(",", "")) * PFLOP_PER_PATCH for row in rows]
-        axis.plot(pflop, top1, "o-", color=colour, label=f"bag of 16, {name}")
+        pflop = [int(row["patches"].replace(",", "")) * PFLOP_PER_PATCH for row in rows]
+        axis.plot(pflop, [float(row[column]) for row in rows], "o-", color=colour, label=f"bag of 16, {name}")
     axis.plot([3.5, 35, 104], [80.6, 90.7, 93.1], "s:", color="tab:red",
               label="EMP-SSL (ResNet-18, patches enlarged to 32 x 32; best test epoch), linear probe")
+    axis.plot(3.5, 82.1, "s", color="tab:red", mfc="white", label="an independent rewrite of EMP-SSL, one epoch")
+    axis.plot(333, 92.07, "^", color="tab:red", label="solo-learn, VICReg, ResNet-18, whole images, 1,000 epochs")
     for top1, style, label in ((79.6, "--", "k-means on patches, 2011, linear classifier"),
                                (81.1, "-.", "sparse manifold transform, 2022, kNN")):
         axis.axhline(top1, color="tab:green", ls=style, lw=1, label=label)
     axis.set(xscale="log", ylim=(60, 95), xlabel="compute of training, PFLOP",
              ylabel="CIFAR-10, % of test images right")
     axis.grid(alpha=0.3)
-    figure.legend(fontsize=7, loc="outside lower center", ncols=2)
-    figure.savefig(HERE / "curve.png", dpi=110)
+    save(figure, "curve")
 
 
-if sys.argv[1:] == ["curve"]:
+def draw_learning(path):
+    """learning.png: what a run's log.jsonl says of the loss, the online probe and the effective rank."""
+    entries = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    config = json.loads(Path(path).with_name("config.json").read_text())
+    patches = [entry["step"] * config["batch_size"] * config["num_patches"] / 1e6 for entry in entries]
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.4), layout="constrained")
+    for axis, names, title in zip(axes, (("inv", "var", "cov"), ("probe",), ("effective_rank",)),
+                                  ("terms of the loss, unweighted", "online probe, % right", "effective rank of h")):
+        for name in names:
+            values = [entry[name] for entry in entries]
+            axis.plot(patches, values, lw=1, alpha=0.3 if name == "probe" else 1, label=name)
+            if name == "probe":  # of one batch: with a running mean
+                axis.plot(patches[19:], [sum(values[i - 19:i + 1]) / 20 for i in range(19, len(values))], "C0")
+        axis.set(title=title, xlabel="million patches")
+        axis.grid(alpha=0.3)
+    axes[0].set(ylim=(0, None))
+    axes[0].legend(fontsize=8)
+    figure.savefig(HERE / "learning.png", dpi=110)
+
+
+if __name__ == "__main__":
+    draw_accuracy()
+    draw_cosine()
     draw_curve()
-elif not sys.argv[1:]:
-    print(__doc__)
-else:
-    runs = [Path(folder) for folder in sys.argv[1:]]
-    draw("accuracy", "probe", plot_accuracy, "linear probe, % of test images right", runs)
-    draw("cosine", "parts", plot_cosine, "cosine to the whole image's embedding", runs)
+    for path in sys.argv[1:]:
+        draw_learning(path)
