@@ -11,10 +11,10 @@
         --patch-size 224
 
 For each n, and for the whole image in one forward pass, it reports the accuracy of a linear probe (softmax regression
-on frozen, standardised features) and of a weighted kNN classifier on plain and on whitened features. Two controls need
-no training: the same network untrained, at the bag size nearest to 16, and raw pixels. Each row is added to
-eval.jsonl beside the checkpoint. The probe's weight decay is chosen on a held-out tenth of the training images; test
-images serve only for the accuracies reported.
+on frozen, standardised features) and of a weighted kNN classifier on plain and on whitened features. Two controls are
+probed in the same way: the network before training, at the bag size nearest to 16, and raw pixels. Each result is
+printed, and appended to eval.jsonl beside the checkpoint. The probe's weight decay is chosen on a held-out tenth of
+the training images; test images are used only for the accuracies reported.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def embed(embedder, images, device, name=""):
     embedder: (B, 3, H, W) -> (B, D), on `device`. name: for progress lines; if empty, none are printed.
     Raises UserError if features are not finite.
     """
-    block = max(1, min(64, 256 // getattr(embedder, "per_side", 1) ** 2))  # images whose patches memory has to hold
+    block = max(1, min(64, 256 // getattr(embedder, "per_side", 1) ** 2))  # images at a time, 256 patches or fewer
     features, told = [], time.time()
     for some in images.split(block):
         with bagssl.autocast(device):
@@ -72,7 +72,7 @@ def embed(embedder, images, device, name=""):
 def fit_linear(features, labels, classes, decays, iterations=100, block=8192):
     """Softmax regression by L-BFGS: minimise mean cross entropy + (decay / 2) ||W||^2, several decays at once.
 
-    features: (N, D), standardised and, for fast convergence, turned to their principal axes (as by `fit_probe`).
+    features: (N, D), standardised and, for fast convergence, rotated to their principal axes (as by `fit_probe`).
     labels: int64 (N,). Returns (R, D + 1, classes) for R decays; the last row is the bias, not decayed.
     """
     decays = torch.tensor(decays, device=features.device)[:, None, None]
@@ -108,29 +108,29 @@ def fit_probe(train, labels, seed=0, decays=(1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4,
     """Fit a linear probe on frozen features, standardised by the training set's statistics.
 
     train: features (N, D). labels: int64 (N,). The weight decay is chosen on a random tenth of the images, held out, by
-    fits of 30 iterations, which rank the decays nearly as converged ones do; then the probe is fitted to all images.
-    Returns the probe, (D + 1, classes): the weights of features that are not standardised, and in the last row the
-    bias; and the decay. Raises UserError on fewer than 10 images.
+    fits of at most 30 iterations, which rank the decays nearly as converged ones do; then the probe is fitted to all
+    images. Returns the probe and the decay. The probe, (D + 1, classes), applies to features as they are, not
+    standardised; its last row is the bias. Raises UserError on fewer than 10 images.
     """
     if len(train) < 10:
         raise UserError(f"{len(train)} images are too few to fit a probe and choose its weight decay; give 10 or more")
     classes = int(labels.max()) + 1
     mean, std = train.mean(0), train.std(0)
-    std = std.where(std > 1e-6, 1.0)  # only centre constant features: a test image's may differ, and would explode
+    std = std.where(std > 1e-6, 1.0)  # constant features are only centred: a test image's may differ, and would explode
     x = (train - mean) / std
-    # For speed, turn x to its principal axes; the penalty, and so the optimum, is the same. If images are fewer than
-    # features, turn it into their span first, in which the optimal weights lie. On the CPU, as not every device has qr
-    # and eigh; eigh in float64, as float32 may not converge.
-    span = torch.linalg.qr(x.T.cpu()).Q.to(x) if len(x) < x.shape[1] else None
-    inside = x if span is None else x @ span
-    axes = torch.linalg.eigh((inside.T @ inside).cpu().double()).eigenvectors.to(x)
-    axes = axes if span is None else span @ axes  # (D, D or N)
-    x = x @ axes
+    # For speed, rotate x to its principal axes; the penalty, and so the optimum, is the same. If there are fewer images
+    # than features, project x onto the images' span first, in which the optimal weights lie. On the CPU, as not every
+    # device has qr and eigh; eigh in float64, as float32 may not converge.
+    axes = torch.linalg.qr(x.T.cpu()).Q.to(x) if len(x) < x.shape[1] else None
+    x = x if axes is None else x @ axes
+    rotation = torch.linalg.eigh((x.T @ x).cpu().double()).eigenvectors.to(x)
+    axes = rotation if axes is None else axes @ rotation  # (D, D or N)
+    x = x @ rotation
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
     held, kept = order.tensor_split([len(order) // 10])
     weights = fit_linear(x[kept], labels[kept], classes, decays, iterations=30)
     accuracy = [top_k(x[held] @ weight[:-1] + weight[-1], labels[held], 1) for weight in weights]
-    _, best = max(zip(accuracy, decays))  # the strongest of equally accurate ones
+    _, best = max(zip(accuracy, decays))  # ties go to the stronger decay
     weight, = fit_linear(x, labels, classes, [best])
     slopes = axes @ weight[:-1] / std[:, None]
     return torch.cat([slopes, (weight[-1] - mean @ slopes)[None]]), best
@@ -143,7 +143,7 @@ def linear_probe(train, train_labels, test, test_labels, seed=0):
     """
     probe, decay = fit_probe(train, train_labels, seed)
     scores = test @ probe[:-1] + probe[-1]
-    ks = (1, 5) if scores.shape[1] > 10 else (1,)
+    ks = (1, 5) if scores.shape[1] > 10 else (1,)  # five of ten or fewer would say little
     return {f"top{k}": top_k(scores, test_labels, k) for k in ks} | {"decay": decay}
 
 
@@ -181,13 +181,13 @@ def knn_probe(train, train_labels, test, test_labels, k=20, temperature=0.07, bl
 
 
 def read_tensors(path):
-    """The tensors of a file saved by torch, in dicts nested to any depth: {their keys joined by dots: tensor}."""
+    """The tensors of a file saved by torch, found in dicts nested to any depth: {keys joined by dots: tensor}."""
     try:
         file = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror})") from error
     if file[8:9] == b"{":
-        raise UserError(f"{path} is a safetensors file; load it by safetensors and save it by torch.save")
+        raise UserError(f"{path} is a safetensors file; load it with safetensors and save it with torch.save")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # many checkpoints hold their arguments
             content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
@@ -195,15 +195,15 @@ def read_tensors(path):
         if isinstance(error, MemoryError) or "memory" in str(error):
             raise
         if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise UserError(f"{path} holds not only tensors and plain values but a {foreign[1]}, which could run code; "
-                            f"save the weights alone") from error
+            raise UserError(f"{path} holds, besides tensors and plain values, a {foreign[1]}, which could run code "
+                            f"when it is loaded; save only the weights") from error
         raise UserError(f"{path} is not a file saved by torch, or it is damaged") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors by name")
 
     def collect(prefix, value):
         if isinstance(value, torch.Tensor):
-            return {prefix: value} if value.ndim else {}  # not num_batches_tracked
+            return {prefix: value} if value.ndim else {}  # without num_batches_tracked
         inner = value.items() if isinstance(value, dict) else ()
         return {k: v for key, part in inner for k, v in collect(f"{prefix}.{key}".removeprefix("."), part).items()}
 
@@ -213,10 +213,10 @@ def read_tensors(path):
 def load_published(path, arch):
     """Load the backbone of a published ResNet: (the module in eval mode, its stem's stride).
 
-    The stride is 4 for a stem of 7 x 7, and assumed to be 1 for one of 3 x 3. Inputs will be standardised by ImageNet's
-    mean and deviation, whatever the network was trained with. Tensors are found by name, under any prefix: either
-    torchvision's names, or those of an nn.Sequential of a ResNet's children. If several networks are found (a momentum
-    encoder, say), the first is taken, and named in a message. Raises UserError if none is found.
+    The stride is 4 for a 7 x 7 stem, and assumed to be 1 for a 3 x 3 one. Inputs will be standardised by ImageNet's
+    mean and standard deviation, whatever the network was trained with. Tensors are found by name, under any prefix:
+    either torchvision's names, or those of an nn.Sequential of a ResNet's children. If several networks are found (a
+    momentum encoder, say), the first is taken, and named in a message. Raises UserError if none is found.
     """
     tensors, found = read_tensors(path), {}  # found: {prefix: {our name: tensor}}
     numbers = {name: str(i) for i, (name, _) in enumerate(torchvision.models.get_model(arch).named_children())}
@@ -224,22 +224,23 @@ def load_published(path, arch):
         backbone = bagssl.make_backbone(arch, stride)
         ours = {name: tensor.shape for name, tensor in backbone.state_dict().items() if tensor.ndim}
         numbered = {name: re.sub(r"^\w+", lambda first: numbers[first[0]], name) for name in ours}
-        for names in ({name: name for name in ours}, numbered):  # {our name: the one in the file, but for the prefix}
+        for names in ({name: name for name in ours}, numbered):  # {our name: its name in the file, without the prefix}
             for key in tensors:
-                if not re.search(rf"(^|\.){names['conv1.weight']}$", key):
-                    continue
                 prefix = key.removesuffix(names["conv1.weight"])
+                if prefix == key or prefix and not prefix.endswith("."):
+                    continue
                 rest = [other.removeprefix(prefix) for other in tensors if other.startswith(prefix)]
-                network = {name for name in rest if re.match(r"(conv1|bn1|layer\d|[014567])\.", name)}
-                if network == {*names.values()} and all(
-                        tensors[prefix + its].shape == ours[name] for name, its in names.items()):
-                    found[prefix] = {name: tensors[prefix + its] for name, its in names.items()}
+                present = {name for name in rest if re.match(r"(conv1|bn1|layer\d|[014567])\.", name)}
+                # All of the tensors, and no others: those of a resnet18 are all in a resnet34.
+                if present == {*names.values()} and all(
+                        tensors[prefix + theirs].shape == ours[name] for name, theirs in names.items()):
+                    found[prefix] = {name: tensors[prefix + theirs] for name, theirs in names.items()}
         if found:
-            first, *others = found
-            backbone.load_state_dict(backbone.state_dict() | found[first])  # which lacks num_batches_tracked
+            backbone.load_state_dict(backbone.state_dict() | next(iter(found.values())))  # our num_batches_tracked stay
+            first, *others = (prefix.removesuffix(".") or "the one without a prefix" for prefix in found)
             if others:
-                print(f"{path} holds {len(found)} networks; taking {first or 'the one without a prefix'}, not "
-                      f"{', '.join(others)}; to probe another, save it alone")
+                print(f"{path} holds {len(found)} networks; taking {first}, not {', '.join(others)}; to probe another, "
+                      f"save only that one")
             return backbone.eval().to(memory_format=torch.channels_last), stride
     raise UserError(f"{path} holds no {arch}: looked for all its tensors by name and shape, such as conv1.weight and "
                     f"layer1.0.bn1.weight, or 0.weight and 4.0.bn1.weight, after any prefix, but the file's names are "
@@ -247,21 +248,21 @@ def load_published(path, arch):
 
 
 def load_model(arguments):
-    """The trained and an untrained network, on the CPU; the Config of the probe, in which the arguments override the
-    trained one's fields; the side that whole images are resized to, or None; the epoch at which the first was saved.
+    """Returns (trained, untrained, config, whole_size, epoch); the networks are on the CPU.
 
-    If patches are resized, a network trained at one scale gets the whole image resized by the same factor; multi-scale
-    and published networks get it at the size of a patch. The latter have no epoch.
+    config: the trained network's Config, overridden by the arguments. whole_size: the side that whole images are
+    resized to, or None. epoch: when the checkpoint was saved; None with --arch. If patches are resized, so is the whole
+    image: for a network trained at one scale by the same factor as they are, otherwise to the size of a patch.
     """
     if arguments.arch:
         trained, epoch = torch.nn.Module(), None  # stands in for an Encoder, of which only the backbone is used
         trained.backbone, stride = load_published(arguments.checkpoint, arguments.arch)
-        config = bagssl.Config(arch=arguments.arch, stem_stride=stride, projector=(1,))
+        config = bagssl.Config(arch=arguments.arch, stem_stride=stride, projector=(1,))  # a projector is not used
     else:
         saved, trained, config = bagssl.load_checkpoint(arguments.checkpoint)
         epoch = saved["epoch"]
         if epoch < config.epochs:
-            print(f"{arguments.checkpoint} is of epoch {epoch} of {config.epochs}: training has not ended")
+            print(f"{arguments.checkpoint} is from epoch {epoch} of {config.epochs}: training is unfinished")
     one_scale = len(config.patch_scale) == 1 and not arguments.arch
     given = {name: getattr(arguments, name) for name in ("data", "cache", "image_size", "patch_size")
              if getattr(arguments, name) is not None}
@@ -273,7 +274,7 @@ def load_model(arguments):
         side = bagssl.patch_side(config.image_size, config.image_size, scale)
         whole_size = round(config.image_size * config.patch_size / side)
     torch.manual_seed(config.seed)
-    untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()  # where its BatchNorms change nothing
+    untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()  # its BatchNorms change nothing
     if config.arch == "patchnet":  # its whitening layer is computed, not learned: both have it
         untrained.backbone.whiten.load_state_dict(trained.backbone.whiten.state_dict())
     return trained, untrained.to(memory_format=torch.channels_last), config, whole_size, epoch
@@ -284,7 +285,7 @@ def load_model(arguments):
 
 
 def parse_arguments(parser):
-    """Parse this script's flags, which .github/claims.py takes, too; raises UserError at the first that cannot work."""
+    """Parse this script's flags, which .github/claims.py takes, too; raises UserError on invalid ones."""
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint.pt of a run of bagssl.py; with --arch, a published ResNet")
     add("--patches", type=int, nargs="+", default=[1, 4, 16], help="bag sizes, each a square number; default: 1 4 16")
@@ -296,9 +297,9 @@ def parse_arguments(parser):
         "needs --data, --image-size and --patch-scale")
     add("--data", help="demo, cifar10, cifar100, or a folder of images; default: as trained")
     add("--cache", help="folder for downloads and decoded images; default: as trained")
-    add("--train-images", type=int, default=0, help="fit the probes on at most this many, drawn at random; 0: all")
+    add("--train-images", type=int, default=0, help="fit to at most this many, drawn at random, to save memory; 0: all")
     add("--test-images", type=int, default=0, help="test on at most this many; 0: all")
-    add("--device", choices=["cuda", "mps", "cpu"], default=bagssl.DEVICE, help="default: the best there is")
+    add("--device", choices=["cuda", "mps", "cpu"], default=bagssl.DEVICE, help="default: the best available")
     arguments = parser.parse_args()
     wrong = [n for n in arguments.patches if n < 1 or math.isqrt(n) ** 2 != n]
     if wrong:
@@ -314,7 +315,7 @@ def parse_arguments(parser):
 
 
 def load_split(config, arguments, split):
-    """The images and labels of a split of the config's data, or as many as the arguments say, drawn at random."""
+    """The images and labels of a split of the config's data, or a random subset if the arguments limit their number."""
     images, labels = bagssl.load_images(config.data, split, config.image_size, config.cache)
     if labels is None:
         raise UserError(f"{config.data} has no labels, which a probe needs: class folders in train/ and val/ or test/")
@@ -328,7 +329,7 @@ def save_row(arguments, **row):
     """Add a line to eval.jsonl beside the checkpoint; if that fails, only warn, as results are printed too."""
     path = Path(arguments.checkpoint).with_name("eval.jsonl")
     try:
-        with open(path, "a") as file:  # one write, at the end of the file: two probes at once lose nothing
+        with open(path, "a") as file:  # a single appending write, so that two probes at once lose nothing
             file.write(json.dumps({"checkpoint": arguments.checkpoint, "torch": torch.__version__, **row}) + "\n")
     except OSError as error:
         print(f"warning: not added to {path} ({error.strerror})", file=sys.stderr, flush=True)
@@ -340,8 +341,9 @@ def main():
     trained, untrained, config, whole_size, epoch = load_model(arguments)
     scale, size = config.patch_scale[0], config.patch_size or None
     device = bagssl.start_process(arguments.device)
-    train_images, train_labels = load_split(config, arguments, "train")
-    test_images, test_labels = load_split(config, arguments, "test")
+    train_images, y = load_split(config, arguments, "train")
+    test_images, test_y = load_split(config, arguments, "test")
+    y, test_y = y.to(device), test_y.to(device)
 
     trained.to(device)
     sides = sorted({math.isqrt(n) for n in arguments.patches})
@@ -357,7 +359,6 @@ def main():
         torch.set_float32_matmul_precision("highest")  # lower ones are too coarse for L-BFGS
         train = embed(embedder, train_images, device, f"{name}, train").to(device)
         test = embed(embedder, test_images, device, f"{name}, test").to(device)
-        y, test_y = train_labels.to(device), test_labels.to(device)
         row = linear_probe(train, y, test, test_y)
         white, white_test = whiten(train, test)
         torch.set_float32_matmul_precision("medium")  # enough for cosines, and faster on GPUs and on CPUs with AMX

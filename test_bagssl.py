@@ -1042,7 +1042,7 @@ def test_an_unfinished_run_is_probed_also_where_nothing_can_be_written(copied, t
     monkeypatch.setattr(sys, "argv", ["script", *map(str, copied), "--patches", "1", *map(str, SMALL)])
     bagssl.run_cli(eval_linear.main)
     printed = capsys.readouterr()
-    assert "is of epoch 2 of 6: training has not ended" in printed.out and printed.out.count("top1 50.00 %") == 4
+    assert "is from epoch 2 of 6: training is unfinished" in printed.out and printed.out.count("top1 50.00 %") == 4
     assert printed.err.count("warning: not added to") == printed.err.count("\n") == 4
 
 
@@ -1094,7 +1094,7 @@ def test_published_networks_are_found_by_name_in_any_wrapping_and_order(publishe
         torch.save(content, tmp_path / "published.pth")
         backbone, stem_stride = eval_linear.load_published(tmp_path / "published.pth", "resnet18")
         assert stem_stride == 4 and torch.equal(backbone(x), expected)
-    assert "holds 2 networks; taking student.module.backbone., not teacher.module." in capsys.readouterr().out
+    assert "holds 2 networks; taking student.module.backbone, not teacher.module." in capsys.readouterr().out
 
 
 def test_what_is_no_published_network_is_told(published, tmp_path):
@@ -1103,8 +1103,8 @@ def test_what_is_no_published_network_is_told(published, tmp_path):
     renamed = {key.replace("bn", "norm"): value for key, value in state.items()}
     for content, words in ((part, "looked for .* by name and shape, such as conv1.weight .* or 0.weight"),
                            (renamed, "the file's names are conv1.weight, norm1.weight"), ([state], "holds a list"),
-                           ({"model": state, "best": np.float64(0.5)}, "values but a numpy"),
-                           ({"model": state, "path": Path("x")}, "values but a pathlib")):
+                           ({"model": state, "best": np.float64(0.5)}, "plain values, a numpy"),
+                           ({"model": state, "path": Path("x")}, "plain values, a pathlib")):
         torch.save(content, path)
         with pytest.raises(bagssl.UserError, match=words):
             eval_linear.load_published(path, "resnet18")
@@ -1127,7 +1127,7 @@ def test_a_published_checkpoint_is_probed(tiny_run, run, refused, tmp_path):
     views = "--data", tiny_run.data, "--patch-size", 20, *SMALL
     assert "bag of 4" in run(*resnet18, *views, "--patches", 4, script=eval_linear)
     assert "give --data, --image-size and --patch-scale" in refused(*resnet18, script=eval_linear)
-    assert "projection z, which this checkpoint lacks" in refused("locality", *resnet18, *views, script=claims)
+    assert "the projection z, which this checkpoint lacks" in refused("locality", *resnet18, *views, script=claims)
 
 
 def test_the_demo_learns(tmp_path):
@@ -1168,7 +1168,7 @@ def test_claims_are_measured(copied, tiny_run, tmp_path, run, refused):
     assert {"patch, h", "bag of 16, z", "untrained, patch, z"} <= {row["features"] for row in table(tmp_path)}
     picture = np.array(Image.open(tmp_path / "neighbours.png"))
     cell = 10 + 2 + 1  # a patch, its frame, a gap; a half has ten rows of a query and its 8 neighbours
-    assert picture.shape == (6 * (10 * cell + 1) + 24 + 24, 2 * 6 * (9 * cell + 1) + 3 * 12, 3)
+    assert picture.shape == (6 * (10 * cell + 1) + 24 + 28, 2 * 6 * (9 * cell + 1) + 3 * 14, 3)
     assert "only in the demo" in refused("cooccurrence", *copied, script=claims)
 
 

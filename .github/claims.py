@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Evidence for three of the paper's claims, and a bag's decision taken apart, from the checkpoint of a run.
+"""Check three of the paper's claims on a trained network, and show which patches decide.
 
     python .github/claims.py parts --checkpoint RUN/checkpoint.pt --patches 1 4 16 64
     python .github/claims.py locality --checkpoint RUN/checkpoint.pt --test-images 3000
@@ -7,9 +7,9 @@
     python .github/claims.py votes --checkpoint RUN/checkpoint.pt --test-images 1000
 
 parts: is the embedding of a whole image close to the mean embedding of its patches? locality: what do the
-embedding h and the projection z know about a patch? It also draws RUN/neighbours.png. cooccurrence: are
-gratings that occur together close in z? votes: which patches decide? It draws RUN/votes.png. Each adds its rows to
-RUN/eval.jsonl. Only votes uses training images; cooccurrence has images and patches of its own.
+embedding h and the projection z know about a patch? (draws RUN/neighbours.png) cooccurrence: are gratings that occur
+together close in z? votes: which patches of a bag decide? (draws RUN/votes.png) Each adds its rows to RUN/eval.jsonl.
+Only parts and votes use --patches, votes the largest; only votes uses training images.
 """
 
 import argparse
@@ -124,8 +124,8 @@ def locality(encoder, images, labels, scale, size, seed=0):
     labels, half, results = labels[order], count // 2, {}
     u = torch.rand(count, 1, 11, generator=generator)
     u[..., 3] = 0.5  # no flip: only the factors vary
-    cuts = {"patch": lambda images, u: bagssl.crop_patches(images, u[..., :3], scale, size),
-            "bag of 16": lambda images, u: bagssl.grid_patches(images, 4, scale, size)}
+    cuts = {"patch": lambda some, its_u: bagssl.crop_patches(some, its_u[..., :3], scale, size),
+            "bag of 16": lambda some, its_u: bagssl.grid_patches(some, 4, scale, size)}
     for name, cut in cuts.items():
         vectors = []
         for rows, its_u in zip(order.split(256), u.split(256)):
@@ -171,8 +171,6 @@ def draw_neighbours(path, encoder, images, scale, size, queries=10, count=8, mos
 
 def show_locality(arguments, trained, untrained, config, _):
     """Print what h and z know about a patch, and draw its neighbours in both."""
-    if arguments.arch:
-        raise UserError("locality compares h with the projection z, which this checkpoint lacks; give one of bagssl.py")
     scale, size = config.patch_scale[0], config.patch_size or None
     images, labels = eval_linear.load_split(config, arguments, "test")
     if len(images) < 20:
@@ -230,20 +228,22 @@ def show_cooccurrence(arguments, trained, untrained, config, _):
 
 @torch.no_grad()
 def votes_of(encoder, probe, images, scale, size, per_side=17):
-    """Votes of a dense grid of patches (N, V, classes), in float32, and the probe's scores of the bag (N, classes).
+    """Votes of a dense grid of patches (N, V, classes), and the probe's scores of the bag (N, classes).
 
     images: uint8 (N, 3, S, S). probe: (D + 1, classes), as from `eval_linear.fit_probe`. A patch's votes are its scores
-    less their mean over the classes, which changes no decision; the bag's scores are given likewise.
+    less their mean over the classes, which changes no decision; the bag's scores are given likewise. The bag goes
+    through the network once more, by `BagOfPatches`: a check. Votes take memory: N V classes floats.
     """
     probe = probe - probe.mean(1, keepdim=True)
     bag, votes, scores = BagOfPatches(encoder.backbone, per_side, scale, size), [], []
-    for image in images.to(probe.device).split(1):
+    for image in images.split(1):
+        image = image.to(probe.device)
         patches = bagssl.normalize(bagssl.grid_patches(image, per_side, scale, size)[0])
         with bagssl.autocast(probe.device):
             h, mean = encoder.backbone(patches.contiguous(memory_format=torch.channels_last)), bag(image)
-        votes.append(h.float() @ probe[:-1] + probe[-1])
-        scores.append(mean @ probe[:-1] + probe[-1])
-    return torch.stack(votes).cpu(), torch.cat(scores).cpu()
+        votes.append((h.float() @ probe[:-1] + probe[-1]).cpu())
+        scores.append((mean @ probe[:-1] + probe[-1]).cpu())
+    return torch.stack(votes), torch.cat(scores)
 
 
 def split_by_agreement(votes):
@@ -255,29 +255,29 @@ def split_by_agreement(votes):
     return most.mean(1), least.mean(1)
 
 
-def colour(map, most):
-    """A map of votes (H, W) as uint8 (3, H, W): red for, blue against, white 0, full at `most`."""
-    share = (map / most).clamp(-1, 1)
+def colour(votes, most):
+    """A map of votes (H, W) as uint8 (3, H, W): positive red, negative blue, 0 white; full colour at +-most."""
+    share = (votes / most).clamp(-1, 1)
     red, blue = 1 + share.clamp(max=0), 1 - share.clamp(min=0)
     return (255 * torch.stack([red, torch.minimum(red, blue), blue])).to(torch.uint8)
 
 
 def apart(votes, per_side, count=6):
-    """The places of the strongest of votes (per_side^2,), each at least a sixth of the grid from all stronger ones."""
+    """The places of `count` strong votes of (per_side^2,): by turns the strongest left, a quarter of the grid apart."""
     y, x = torch.meshgrid(torch.arange(per_side), torch.arange(per_side), indexing="ij")
-    left, found = votes.view(per_side, per_side).clone(), []
+    remaining, found = votes.view(per_side, per_side).clone(), []
     for _ in range(count):
-        found.append(left.argmax().item())
-        top, start = divmod(found[-1], per_side)
-        left[torch.maximum((y - top).abs(), (x - start).abs()) < per_side / 6] = -math.inf
+        found.append(remaining.argmax().item())
+        row, column = divmod(found[-1], per_side)
+        remaining[torch.maximum((y - row).abs(), (x - column).abs()) < per_side / 4] = -math.inf
     return found
 
 
 def draw_votes(path, images, labels, votes, names, scale, size, count=2, seed=0):
-    """Write a picture of `count` images that were decided rightly and as many that were not, chosen at random.
+    """Write a picture of `count` images that were classified correctly and as many that were not, chosen at random.
 
-    A row: the image, the votes of the patch around each point for the decision and for another class (the true one, or
-    if that was the decision, the second), and six patches with the strongest votes for the decision.
+    A row: the image; a map of the votes for the class decided for; one for the true class or, if that was the decision,
+    the second best; their difference; and six patches that vote strongly for the decision.
     """
     scores, generator = votes.mean(1), torch.Generator().manual_seed(seed)
     best, second = scores.topk(2, dim=1).indices.T
@@ -286,18 +286,19 @@ def draw_votes(path, images, labels, votes, names, scale, size, count=2, seed=0)
         among = torch.nonzero((best == labels) == right).flatten()
         for i in among[torch.randperm(len(among), generator=generator)[:count]].tolist():
             decision, other = best[i].item(), (second[i] if right else labels[i]).item()
-            most = votes[i][:, [decision, other]].abs().max()
-            maps = [colour(votes[i, :, which].view(per_side, per_side), most) for which in (decision, other)]
+            pair = votes[i][:, [decision, other]].T.unflatten(1, (per_side, per_side))
+            maps = [colour(part, pair.abs().max()) for part in (*pair, pair[0] - pair[1])]
             patches = bagssl.grid_patches(images[i:i + 1], per_side, scale, size)[0]
             strongest = patches[apart(votes[i, :, decision], per_side)]
-            rows.append([(f"{names[labels[i]]}, {'right' if right else 'wrong'}", images[i]),
-                         (f"votes for {names[decision]}", maps[0]), (f"votes for {names[other]}", maps[1]),
-                         (f"most for {names[decision]}", torchvision.utils.make_grid(strongest, 3, 1, pad_value=255))])
+            strongest = torchvision.utils.make_grid(strongest, 3, 1, pad_value=255)
+            rows.append([(f"{names[labels[i]]}, {'correct' if right else 'wrong'}", images[i]),
+                         (f"for {names[decision]}", maps[0]), (f"for {names[other]}", maps[1]),
+                         ("difference", maps[2]), (f"strong votes for {names[decision]}", strongest)])
     pictures.draw(path, rows)
 
 
 def show_votes(arguments, trained, untrained, config, _):
-    """Print how far a bag's decision is its patches' own, and draw the votes of some images."""
+    """Print how many patches agree with their bag's decision, and draw the votes of some images."""
     scale, size = config.patch_scale[0], config.patch_size or None
     device, per_side = next(trained.parameters()).device, math.isqrt(max(arguments.patches))
     train, labels = eval_linear.load_split(config, arguments, "train")
@@ -305,6 +306,8 @@ def show_votes(arguments, trained, untrained, config, _):
     features = eval_linear.embed(bag, train, device, f"bag of {per_side ** 2}, train").to(device)
     probe, _ = eval_linear.fit_probe(features, labels.to(device))
     images, labels = eval_linear.load_split(config, arguments, "test")
+    if not 1 < labels.max() + 1 <= probe.shape[1]:
+        raise UserError("votes needs two classes or more, all of them among the training images")
     votes, scores = votes_of(trained, probe, images, scale, size)
     decision, halves = scores.argmax(1), split_by_agreement(votes)
     agreeing = (votes.argmax(2) == decision[:, None]).float().mean(1)
@@ -316,9 +319,9 @@ def show_votes(arguments, trained, untrained, config, _):
     names = sorted(path.name for path in folder.glob("[!.]*") if path.is_dir()) or [f"class {i}" for i in range(1000)]
     draw_votes(picture, images, labels, votes, names, scale, size)
     print(f"{len(images):,} images, a grid of {votes.shape[1]} patches each; probe fitted to bags of {per_side ** 2}\n"
-          f"mean of the votes against the probe's scores: at most {row['difference']:.1e} apart\n"
+          f"largest difference between the mean of the votes and the probe's scores: {row['difference']:.1e}\n"
           f"patches whose own vote is the bag's decision: {row['agreeing']:.0f} % (median over the images)\n"
-          f"right, in %: all patches {row['top1']:.1f}, the half that agrees most with the decision "
+          f"accuracy, in %: all patches {row['top1']:.1f}, the half that agrees most with the decision "
           f"{row['top1 of the half that agrees most']:.1f}, the half that agrees least "
           f"{row['top1 of the half that agrees least']:.1f}\nvotes drawn in {picture}")
     return [row]
@@ -331,13 +334,20 @@ CLAIMS = {"parts": show_parts, "locality": show_locality, "cooccurrence": show_c
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="claims.py", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="claims.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claim", choices=CLAIMS)
     arguments = eval_linear.parse_arguments(parser)
     trained, untrained, config, whole_size, epoch = eval_linear.load_model(arguments)
+    if arguments.arch and arguments.claim in ("locality", "cooccurrence"):
+        raise UserError(f"{arguments.claim} needs the projection z, which this checkpoint lacks; give one saved by "
+                        f"bagssl.py")
     device = bagssl.start_process(arguments.device)
+    torch.set_float32_matmul_precision("highest")  # as in eval_linear.py
+    setting = dict(show=arguments.claim, epoch=epoch, data=config.data, image_size=config.image_size,
+                   patch_scale=config.patch_scale[0], patch_size=config.patch_size)
     for row in CLAIMS[arguments.claim](arguments, trained.to(device), untrained.to(device), config, whole_size):
-        eval_linear.save_row(arguments, show=arguments.claim, epoch=epoch, data=config.data, **row)
+        eval_linear.save_row(arguments, **setting, **row)
 
 
 if __name__ == "__main__":

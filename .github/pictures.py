@@ -16,16 +16,18 @@ import bagssl
 HERE = Path(__file__).parent
 
 
-def draw(path, rows, height=128, gap=14, text=14):
-    """Write a picture of rows of labelled images, [[(label, uint8 (3, h, w)), ...], ...], all enlarged to one height.
+def enlarged(image, height):
+    """An image, uint8 or float in [0, 1] (3, h, w), as a PIL image of that height, its pixels left visible."""
+    image = to_pil_image(image)
+    return image.resize((round(image.width * height / image.height), height), Image.Resampling.NEAREST)
 
-    Images are enlarged to whole multiples of their pixels where these fit, so that the pixels stay visible.
-    """
+
+def draw(path, rows, height=128, gap=14, text=14):
+    """Write a picture of rows of labelled images, [[(label, image (3, h, w)), ...], ...], all resized to one height."""
     font, line = ImageFont.load_default(text), text + 6
-    rows = [[(label, to_pil_image(image)) for label, image in row] for row in rows]
-    rows = [[(label, image.resize((round(image.width * height / image.height), height), Image.Resampling.NEAREST))
-             for label, image in row] for row in rows]
-    widths = [max(row[k][1].width for row in rows if k < len(row)) + gap for k in range(max(map(len, rows)))]
+    rows = [[(label, enlarged(image, height)) for label, image in row] for row in rows]
+    widths = [gap + max(max(row[k][1].width, round(font.getlength(row[k][0]))) for row in rows if k < len(row))
+              for k in range(max(map(len, rows)))]
     sheet = Image.new("RGB", (sum(widths) + gap, len(rows) * (height + line + gap) + gap), "white")
     pen = ImageDraw.Draw(sheet)
     for r, row in enumerate(rows):
@@ -37,14 +39,8 @@ def draw(path, rows, height=128, gap=14, text=14):
     sheet.save(path)
 
 
-def enlarged(image, side):
-    """An image, float (3, h, w) in [0, 1], as a PIL image of height `side`, with its pixels visible."""
-    image = to_pil_image(image)
-    return image.resize((round(image.width * side / image.height), side), Image.Resampling.NEAREST)
-
-
 class Canvas:
-    """A white sheet on which `draw_method` puts pictures, boxes, arrows and vectors, by their left end and middle."""
+    """A white sheet for pictures, boxes, arrows and vectors, each placed by the middle of its left edge."""
 
     def __init__(self, width, height):
         self.sheet = Image.new("RGB", (width, height), "white")
@@ -79,7 +75,8 @@ class Canvas:
 
 def draw_method(image, scale=0.0625):
     """method.png: above, how an image is represented; below, a training step. image: float (3, H, H) in [0, 1]."""
-    canvas, y = Canvas(2000, 1020), 250
+    canvas = Canvas(2000, 1020)
+    y = 250  # of the upper row
     canvas.text(20, 40, "An image's representation: the mean of its patches' embeddings", 44)
     canvas.paste(20, y, enlarged(image, 300))
     canvas.arrow(335, y, 395)
@@ -98,8 +95,9 @@ def draw_method(image, scale=0.0625):
     canvas.arrow(1835, y, 1875)
     canvas.text(1893, y, "class")
 
-    y, u = 760, torch.tensor([[[0.2, 0.25, 0, 0.9, 0, 0.9, 0.6, 0.5, 0.3, 0.9, 0.9],
-                               [0.75, 0.6, 0, 0.2, 0, 0.3, 0.6, 0.8, 0.9, 0.9, 0.9]]])
+    y = 760  # of the lower row
+    u = torch.tensor([[[0.2, 0.25, 0, 0.9, 0, 0.9, 0.6, 0.5, 0.3, 0.9, 0.9],
+                       [0.75, 0.6, 0, 0.2, 0, 0.3, 0.6, 0.8, 0.9, 0.9, 0.9]]])
     canvas.text(20, 510, "A training step: VICReg on the projections of an image's patches", 44)
     canvas.paste(20, y, enlarged(image, 300))
     size, side = image.shape[-1], bagssl.patch_side(*image.shape[-2:], scale)
@@ -138,7 +136,7 @@ def bag(name, image, scale, seed):
     patches = bagssl.grid_patches(image[None], 4, scale)[0]
     parts = {name: image, "its bag of 16 patches": make_grid(patches, 4, 2, pad_value=1),
              "16 training patches": make_grid(views, 4, 2, pad_value=1)}
-    return [(label, (255 * part).to(torch.uint8)) for label, part in parts.items()]
+    return [*parts.items()]
 
 
 def main():
@@ -148,13 +146,12 @@ def main():
     rows = [bag("an image of the demo", demo[0] / 255, 0.04, seed=0)]
     names = "an image of Imagenette", "an image of CIFAR-10"
     for name, folder, size, scale, index in zip(names, sys.argv[1:], (128, 32), (0.0625, 0.25), (5000, 41000)):
-        images, _ = bagssl.load_images(folder, "train", size)
+        images, _ = bagssl.load_images(folder, "train", size)  # the two chosen ones show an object and a ground
         rows.append(bag(name, images[index] / 255, scale, seed=1))
-        if size == 128:
-            draw_method(images[index] / 255)
+    draw_method(bagssl.load_images(sys.argv[1], "train", 128)[0][5000] / 255)
     draw(HERE / "bag.png", rows, height=256)
     chosen = torch.cat([demo[labels == label][:2] for label in range(10)])
-    save_image(make_grid(chosen / 255, nrow=10, padding=4, pad_value=1), HERE / "demo.png")
+    save_image(chosen / 255, HERE / "demo.png", nrow=10, padding=4, pad_value=1)
 
 
 if __name__ == "__main__":
