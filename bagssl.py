@@ -14,7 +14,7 @@ Learning" (TMLR 2023, arXiv:2206.08954).
    dimension of z varying over the batch (variance), and decorrelates the dimensions (covariance).
 4. Throw the projector away. An image is represented by the mean of its patches' embeddings h.
 
-The sections follow these steps; the last is the training loop, in which all of them meet.
+The first sections follow these steps. Processes and images come next, and last the training loop, where all meet.
 
     python bagssl.py                                     # generated images; needs no data and no GPU
     python bagssl.py --preset cifar10-cpu                # CIFAR-10 on a CPU
@@ -27,6 +27,7 @@ import contextlib
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -46,9 +47,7 @@ import torchvision
 from PIL import Image, ImageOps
 from torch import nn
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Config
-#
+# ---- Config ----------------------------------------------------------------------------------------------------------
 # Every field is a command-line flag, and its comment is the flag's help. A preset overrides the defaults, and a flag
 # overrides the preset: parse_config(["--preset", "cifar10", "--lr", "0.2"]) does so from Python too.
 
@@ -70,7 +69,7 @@ class Config:
     projector: tuple = (2048, 2048, 2048)  # widths of the projector's layers
     image_size: int = 32  # images are cropped to their middle square and resized to this side
     patch_scale: tuple = (0.25,)  # a patch's fraction of the image's area; two values: a range (multi-scale crops)
-    patch_size: int = 0  # patches are resized to this side; 0: not resized; a range of scales needs it
+    patch_size: int = 0  # patches are resized to this side; 0: kept as cut; a range of scales needs a side
     num_patches: int = 4  # V, patches per image and step
     batch_size: int = 256  # B, images per step, over all processes
     epochs: int = 30  # passes over the images
@@ -84,7 +83,7 @@ class Config:
     seed: int = 0  # random seed of the initial weights, the order of the images, and the patches
     device: str = DEVICE  # cuda, mps or cpu
     compile: bool = DEVICE == "cuda"  # compile network and augmentation: a minute to start, a C++ compiler needed
-    save_every: float = 1.0  # a checkpoint is saved at the end of an epoch, if the last one is older than these minutes
+    save_every: float = 1.0  # least minutes between checkpoints, which are saved at the end of an epoch
 
     def __post_init__(self):
         """Convert the values to their fields' types (from numpy's, say) and refuse settings that cannot work."""
@@ -96,8 +95,10 @@ class Config:
         low, high = self.patch_scale[0], self.patch_scale[-1]
         if not 0 < low <= high <= 1 or len(self.patch_scale) > (2 if self.patch_size else 1):
             raise UserError("--patch-scale takes a fraction above 0, up to 1, or two and a --patch-size to resize to")
-        if (self.patch_size or round(low ** 0.5 * self.image_size)) < 3 or min(self.batch_size, self.num_patches) < 2:
-            raise UserError("patches must be 3 pixels wide or more, --batch-size and --num-patches 2 or more")
+        if min(self.image_size, self.patch_size or round(low ** 0.5 * self.image_size)) < 3:
+            raise UserError("patches must be 3 pixels wide or more; give a larger --image-size or --patch-scale")
+        if min(self.batch_size, self.num_patches, *self.projector) < 2:
+            raise UserError("--batch-size, --num-patches and each width of --projector must be 2 or more")
         if self.arch == "patchnet" and self.stem_stride == 4:
             raise UserError("--stem-stride 4 is a ResNet's own stem; patchnet takes 1 or 2")
         numbers = [value for value in vars(self).values() if isinstance(value, float)]
@@ -105,7 +106,7 @@ class Config:
             raise UserError("--epochs must be 1 or more, --warmup 0 to 1, other rates, weights and minutes 0 or more")
 
 
-# Chosen on CIFAR-10. Smaller batches allow more steps in the same time. An inv_weight of 10 gains two to three points
+# Chosen on CIFAR-10. Small batches give more steps in the same time, and an inv_weight of 10 gains two to three points
 # of accuracy over 25.
 CIFAR = dict(batch_size=64, projector=(1024, 1024, 1024), inv_weight=10.0)
 
@@ -144,9 +145,7 @@ def parse_config(argv=None):
     return Config(**{"preset": preset, "out": f"runs/{preset}", **PRESETS[preset], **given})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Patches
-#
+# ---- Patches ---------------------------------------------------------------------------------------------------------
 # The method sees an image only through square patches of a fixed scale. A patch's scale is the fraction of the image's
 # area that it covers. A patch is a pure function of its image and of eleven uniform random numbers: two for its place,
 # one for its scale (if that is a range, as in the usual multi-scale crops), and eight for its augmentation. A step
@@ -203,7 +202,7 @@ def _cut(images, top, left, side, size):
     if isinstance(side, int) and size in (None, side):
         windows = images.unfold(2, side, 1).unfold(3, side, 1)  # all of them, as a view: (B, C, top, left, s, s)
         image = torch.arange(len(images), device=images.device)[:, None]  # (B, 1)
-        return windows[image, :, top, left]  # (B, V, C, s, s): indices around a slice put their axes, (B, V), first
+        return windows[image, :, top, left]  # (B, V, C, s, s): the `:` moves the indices' axes, (B, V), first
     # Crop and resize at once: each patch has a matrix of weights for its rows, and one for its columns.
     rows = _resize_weights(top, side, images.shape[-2], size)  # (B or 1, V, size, H)
     columns = _resize_weights(left, side, images.shape[-1], size)  # (B or 1, V, size, W)
@@ -230,9 +229,7 @@ def _resize_weights(start, side, extent, size):
     return weight / weight.sum(-1, keepdim=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Augmentation
-#
+# ---- Augmentation ----------------------------------------------------------------------------------------------------
 # The colours of each patch are changed independently, so that colour alone cannot tell which patches share an image.
 # Operations, strengths and probabilities are those of the VICReg authors' code, but the jitter's order is fixed, and
 # there is no blur, which would leave little of a small patch. The authors solarise one view with probability 0 and the
@@ -285,9 +282,7 @@ def _shift_hue(patches, shift):
     return torch.stack([channel(5), channel(3), channel(1)], -3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Encoder
-#
+# ---- Encoder ---------------------------------------------------------------------------------------------------------
 # The backbone f gives the embedding h = f(x) of a patch x, and is kept after training. The projector g gives its
 # projection z = g(h), on which the loss acts (the paper's section 2).
 #
@@ -374,20 +369,15 @@ class Encoder(nn.Module):
         return h, self.projector(h)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Loss
-#
-# Let p(x1, x2) be the distribution of two patches of one image, and p(x) that of a single patch. The ratio
-# r = p(x1, x2) / (p(x1) p(x2)) says how much more often than by chance two patches occur together. The paper's first
-# loss, L_C, fits r by the inner product of their projections, times a w > 0:
-#     L_C = E_{p(x1) p(x2)} [ (w z1.z2 - r)^2 ]
-# Expand it. The mean of r z1.z2 is E_{p(x1, x2)}[z1.z2]; that of (z1.z2)^2 is || E[z z^T] ||_F^2, as x1 and x2 are
-# independent; that of r^2 is constant. So L_C is 2 w L_S + const, where L_S is the paper's second loss:
-#     L_S = - E_{p(x1, x2)}[z1.z2] + w / 2 || E[z z^T] ||_F^2
-# Let w be 2 cov_weight / inv_weight. If each of the D dimensions of z has mean 0 and variance 1, VICReg's loss is
-# inv_weight / D times 2 L_S, up to a constant, since the two terms of 2 L_S are VICReg's:
-#     -2 E[z1.z2] = E |z1 - z2|^2 + const                       (invariance)
-#     w || E[z z^T] ||_F^2 = w sum_{d != e} cov_de^2 + const    (covariance)
+# ---- Loss ------------------------------------------------------------------------------------------------------------
+# Let p(x1, x2) be the distribution of two patches of one image, p(x) that of a single patch, and
+# r = p(x1, x2) / (p(x1) p(x2)): how much more often than by chance the two occur together. The paper's first loss, L_C,
+# fits r by w z1.z2, for some w > 0; L_S, its second, is what remains if the square is expanded:
+#     L_C = E_{p(x1) p(x2)} [(w z1.z2 - r)^2] = 2 w L_S + const
+#     L_S = w / 2 || E[z z^T] ||_F^2 - E_{p(x1, x2)} [z1.z2]
+# If each of the D dimensions of z has mean 0 and variance 1, 2 L_S is, up to a constant,
+#     w sum_{d != e} cov_de^2 + E_{p(x1, x2)} |z1 - z2|^2
+# With w = 2 cov_weight / inv_weight and a factor of inv_weight / D, these are VICReg's covariance and invariance terms.
 # VICReg sees to that mean and variance: it subtracts the mean before the covariances, and its hinge keeps the variances
 # near 1, while the invariance term alone would shrink them to 0.
 
@@ -401,7 +391,7 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4):
     with variances and covariances over the batch, with divisor B - 1. This is the VICReg authors' code
     (Bardes, Ponce, LeCun, 2022); the equation in their paper does not halve the hinges.
     Returns the loss and a dict of its unweighted terms, detached: inv, var, cov. Computed in float32 at least, also
-    under autocast (on GPUs, products of matrices as `start_process` sets them).
+    under autocast (on GPUs, matrix products in TensorFloat-32, if `train` calls it).
     """
     B, V, D = z.shape
     with torch.autocast(z.device.type, enabled=False):
@@ -421,9 +411,7 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4):
     return loss, {"inv": inv.detach(), "var": var.detach(), "cov": cov.detach()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Bag of patches
-#
+# ---- Bag of patches --------------------------------------------------------------------------------------------------
 # A patch's embedding tells which other patches tend to share its image. The paper finds that the mean over an image's
 # patches, which ignores where they are, represents the image as well as an embedding of the whole does, or better.
 
@@ -446,9 +434,7 @@ class BagOfPatches(nn.Module):
         return h.float().unflatten(0, patches.shape[:2]).mean(1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Processes
-#
+# ---- Processes -------------------------------------------------------------------------------------------------------
 # torchrun starts a process per GPU, each with its part of every batch. Three things make them train as one: batch
 # normalisation with statistics of the whole batch, projections gathered for the loss, and the average of the weights'
 # gradients (DistributedDataParallel).
@@ -501,8 +487,8 @@ class BatchNorm(nn.BatchNorm2d):
             share = self.momentum or 1 / self.num_batches_tracked  # `update_bn` sets momentum to None: a plain mean
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(var * count / (count - 1), share)
-        # Told that the mean is 0 and the variance 1, F.batch_norm computes x * scale + shift in one pass; gradients
-        # reach the true statistics through scale and shift.
+        # F.batch_norm passes no gradient to statistics that it is given. So it is given mean 0 and variance 1, with the
+        # true ones in scale and shift: it computes x * scale + shift in one pass.
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
         return F.batch_norm(x, torch.zeros_like(mean), torch.ones_like(var), scale, shift, eps=0.0)
@@ -510,6 +496,8 @@ class BatchNorm(nn.BatchNorm2d):
 
 def start_process(name):
     """Join the processes of torchrun, if there are any. Returns this process's device; name: cuda, mps or cpu."""
+    if name not in ("cpu", DEVICE):
+        raise UserError(f"--device {name} is not available here; leave the flag out, or give cpu")
     device = torch.device(name, LOCAL_RANK) if name == "cuda" else torch.device(name)
     if name == "cuda":
         torch.cuda.set_device(device)
@@ -529,9 +517,7 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images
-#
+# ---- Images ----------------------------------------------------------------------------------------------------------
 # Whatever the source, images arrive as one uint8 tensor (N, 3, S, S): decoded once, not once per epoch.
 
 
@@ -545,7 +531,8 @@ def load_images(data, split="train", image_size=32, cache="data"):
     if split not in ("train", "test"):
         raise UserError(f"the split of the images must be train or test, not {split}")
     if data == "demo":
-        return demo_images(*{"train": (1_600, image_size, 0), "test": (1_000, image_size, 1)}[split])[:2]
+        count, seed = (1_600, 0) if split == "train" else (1_000, 1)
+        return demo_images(count, image_size, seed)[:2]
     if data in ("cifar10", "cifar100"):
         try:
             found = getattr(torchvision.datasets, data.upper())(cache, train=split == "train", download=True)
@@ -605,7 +592,7 @@ def decode_folder(folder, names, size, cache):
             return bytes(3 * size * size)
 
     with contextlib.suppress(OSError, EOFError, ValueError):  # if the file is missing or was cut off
-        images = torch.from_numpy(np.load(decoded, mmap_mode="c"))  # c: torch takes only writable memory
+        images = torch.from_numpy(np.load(decoded, mmap_mode="c"))  # c, copy-on-write: torch takes only writable memory
         print(f"{folder} was decoded before; if its pixels have changed since, remove {decoded}", flush=True)
         return images
     cache.mkdir(parents=True, exist_ok=True)
@@ -619,7 +606,7 @@ def decode_folder(folder, names, size, cache):
                 if i % 51_200 == 0:
                     print(f"decoding {folder}: {i:,} of {len(names):,} images", flush=True)
     if broken:
-        unfinished.unlink()
+        unfinished.unlink(missing_ok=True)
         more = f" and {len(broken) - 10:,} more" if len(broken) > 10 else ""
         raise UserError(f"{len(broken):,} of {len(names):,} images in {folder} cannot be used: "
                         f"{', '.join(sorted(broken)[:10])}{more}; remove or replace them")
@@ -630,9 +617,9 @@ def decode_folder(folder, names, size, cache):
 
 # The demo's images are generated, so that the truth is known. An image has 5 x 5 cells, each with a grating of one of
 # 6 angles and 4 frequencies. Six classes each fix the angle of their cells, with random frequencies; four fix the
-# frequency, with random angles. One cell in 20 ignores the class. So a grating is typical of two classes, one of each
-# kind, and likelier in its angle's: from one cell, 57.5 % of guesses are right at best. Only the mix of cells tells the
-# class; colour, contrast, phase and noise do not.
+# frequency, with random angles. One cell in 20 ignores the class. So a grating is typical of two classes: its angle's,
+# of whose cells it makes up 24 %, and its frequency's, 16 %. From one cell, 24 * 0.24 / 10 = 57.5 % of guesses are
+# right at best. Only the mix of cells tells the class; colour, contrast, phase and noise do not.
 
 
 def demo_probabilities():
@@ -667,9 +654,7 @@ def demo_images(count, image_size, seed):
     return images.view(count, 3, image_size, image_size), labels, gratings
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-#
+# ---- Training --------------------------------------------------------------------------------------------------------
 # The order of the images and the patches depend only on the seed and the epoch: each process draws the numbers of the
 # whole batch and keeps those of its own images. So they do not depend on the number of processes, and a run resumed at
 # the end of an epoch trains the encoder as if it had not been interrupted.
@@ -715,11 +700,11 @@ def open_run(config):
 
 
 def load_checkpoint(path):
-    """What `train` saved, a dict; the encoder, in eval mode, on the CPU; its Config. Raises UserError if it cannot."""
-    try:
-        content = io.BytesIO(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); bagssl.py prints where it saves") from error
+    """What `train` saved, a dict; the encoder, in eval mode, on the CPU; its Config.
+
+    Raises OSError if the file cannot be read, and UserError if it can but is something else.
+    """
+    content = io.BytesIO(Path(path).read_bytes())  # at once, so that an error while reading is not taken for damage
     try:
         saved = torch.load(content, map_location="cpu", weights_only=True)  # True: no code in the file is run
         config = Config(**saved["config"])
@@ -767,17 +752,16 @@ def train(config):
               {"params": [p for p in parameters if p.ndim == 1]}]  # BatchNorm's
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
 
-    start, resumed = 0, [None]  # start: epochs done; resumed: a list, as broadcast_object_list needs one
+    state = [{"epoch": 0}]  # a list, as broadcast_object_list needs one
     if RANK == 0:
         out = open_run(config)
         if (out / "checkpoint.pt").exists():
-            resumed = [load_checkpoint(out / "checkpoint.pt")[0]]
+            state = [load_checkpoint(out / "checkpoint.pt")[0]]
     if WORLD_SIZE > 1:
-        dist.broadcast_object_list(resumed)  # so that only rank 0 must see the file
-    if checkpoint := resumed[0]:
-        start = checkpoint["epoch"]
-        encoder.load_state_dict(checkpoint["encoder"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        dist.broadcast_object_list(state)  # so that only rank 0 must see the file
+    if start := state[0]["epoch"]:  # epochs done
+        encoder.load_state_dict(state[0]["encoder"])
+        optimizer.load_state_dict(state[0]["optimizer"])
     if start > config.epochs:
         raise UserError(f"{config.out} holds a run of {start} epochs; give as many --epochs or more, or another --out")
     if RANK == 0:
@@ -789,7 +773,7 @@ def train(config):
     model, make_views = encoder, training_views
     if WORLD_SIZE > 1:
         model = nn.parallel.DistributedDataParallel(encoder)
-        model.broadcast_buffers = False  # BatchNorm's statistics are equal already (torch has renamed the argument)
+        model.broadcast_buffers = False  # BatchNorm's are equal already (set here, as torch has renamed the argument)
     if config.compile:  # a compiled DDP still overlaps communication with computation
         model, make_views = torch.compile(model), torch.compile(training_views)
 
@@ -802,7 +786,8 @@ def train(config):
     fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2
     dataset = torch.utils.data.TensorDataset(*(x.to(device) if fits else x for x in (images, labels) if x is not None))
     # If they do not fit on the GPU, several processes read the memory map while it computes.
-    reading = dict(num_workers=8, pin_memory=True) if device.type == "cuda" and not fits else {}
+    reading = dict(num_workers=8, pin_memory=True, multiprocessing_context="fork")  # fork: the map is not copied
+    reading = reading if device.type == "cuda" and not fits else {}
     own = slice(RANK * b, (RANK + 1) * b)  # this process's share of a batch
 
     def batches(epoch):
@@ -816,21 +801,22 @@ def train(config):
 
     begun = saved = time.time()
     for epoch in range(start, config.epochs):
-        for step, (u, batch, *classes) in enumerate(batches(epoch), epoch * per_epoch):  # step: of the whole run
+        for step, (u, batch, *classes) in enumerate(batches(epoch), epoch * per_epoch + 1):  # step: of the run
             x = make_views(batch, u, config)  # (b V, 3, s, s)
             with autocast(device):
                 h, z = model(x)  # (b V, width), (b V, D)
             z = gather(z.unflatten(0, (b, V)))  # (B, V, D)
             loss, terms = vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight)
             optimizer.zero_grad()
-            # Each process has the whole loss: `gather` sums equally many gradients of it, and DDP's mean undoes that.
+            # Each process has the loss of the whole batch: `gather` sums WORLD_SIZE equal gradients of it, and DDP's
+            # mean over the processes divides by WORLD_SIZE.
             loss.backward()
-            done = step + 1
-            check = done % 10 == 0 or done % per_epoch == 0  # not always, as it waits for the GPU, but before saving
+            check = step % 10 == 0 or step % per_epoch == 0  # not always, as it waits for the GPU, but before saving
             norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf, error_if_nonfinite=check)
-            warmup = min(1, done / (config.warmup * steps + 1))
+            warmup = min(1, step / (config.warmup * steps + 1))
+            lr = config.lr * warmup * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * warmup * (1 + math.cos(math.pi * step / steps)) / 2
+                group["lr"] = lr
             optimizer.step()
 
             if probe is not None:
@@ -840,20 +826,20 @@ def train(config):
                 probe_optimizer.step()
                 terms["probe"] = 100 * (scores.argmax(1) == classes[0]).float().mean()  # right before this step, in %
 
-            if RANK == 0 and (done % LOG_EVERY == 0 or done == steps):
-                seconds = (time.time() - begun) / (done - start * per_epoch)  # per step
+            if RANK == 0 and (step % LOG_EVERY == 0 or step == steps):
+                seconds = (time.time() - begun) / (step - start * per_epoch)  # per step
                 entry = {"loss": loss.item(), **{name: term.item() for name, term in terms.items()},
-                         "gradient_norm": norm.item(), "lr": group["lr"], "effective_rank": effective_rank(h),
+                         "gradient_norm": norm.item(), "lr": lr, "effective_rank": effective_rank(h),
                          "patches_per_s": B * V / seconds}
-                log.write(json.dumps({"step": done, **entry}) + "\n")
-                print(f"step {done} of {steps}, {timedelta(seconds=round(seconds * (steps - done)))} left:  "
+                log.write(json.dumps({"step": step, **entry}) + "\n")
+                print(f"step {step} of {steps}, {timedelta(seconds=round(seconds * (steps - step)))} left:  "
                       + "  ".join(f"{name} {value:.4g}" for name, value in entry.items()), flush=True)
 
         if epoch + 1 == config.epochs:
             # BatchNorm's running statistics are of augmented patches, but the encoder will be used on plain ones:
             # replace them with statistics of up to 100 batches of plain patches.
             plain = (training_views(batch, u, config, augmented=False)
-                     for _, (u, batch, *_) in zip(range(100), batches(0)))
+                     for u, batch, *_ in itertools.islice(batches(0), 100))
             with autocast(device):
                 torch.optim.swa_utils.update_bn(plain, encoder)
         if RANK == 0 and (epoch + 1 == config.epochs or time.time() - saved >= 60 * config.save_every):
@@ -869,11 +855,11 @@ def train(config):
 
 
 def run_cli(main):
-    """Call main(), of this or another script; a UserError is printed as one sentence and ends it with exit code 2."""
+    """Call main(), of this or another script. What a user can mend ends it with one sentence and exit code 2."""
     sys.stdout.reconfigure(errors="backslashreplace")  # for paths that the terminal's encoding lacks
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

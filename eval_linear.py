@@ -34,8 +34,7 @@ import torchvision
 import bagssl
 from bagssl import BagOfPatches, Encoder, UserError
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Features
+# ---- Features --------------------------------------------------------------------------------------------------------
 
 
 def raw_pixels(images):
@@ -65,8 +64,7 @@ def embed(embedder, images, device, name=""):
     return features
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Probes
+# ---- Probes ----------------------------------------------------------------------------------------------------------
 
 
 def fit_linear(features, labels, classes, decays, iterations=100, block=8192):
@@ -176,16 +174,12 @@ def knn_probe(train, train_labels, test, test_labels, k=20, temperature=0.07, bl
     return 100 * correct / len(test)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Networks
+# ---- Networks --------------------------------------------------------------------------------------------------------
 
 
 def read_tensors(path):
     """The tensors of a file saved by torch, found in dicts nested to any depth: {keys joined by dots: tensor}."""
-    try:
-        file = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror})") from error
+    file = Path(path).read_bytes()
     if file[8:9] == b"{":
         raise UserError(f"{path} is a safetensors file; load it with safetensors and save it with torch.save")
     try:
@@ -257,7 +251,7 @@ def load_model(arguments):
     if arguments.arch:
         trained, epoch = torch.nn.Module(), None  # stands in for an Encoder, of which only the backbone is used
         trained.backbone, stride = load_published(arguments.checkpoint, arguments.arch)
-        config = bagssl.Config(arch=arguments.arch, stem_stride=stride, projector=(1,))  # a projector is not used
+        config = bagssl.Config(arch=arguments.arch, stem_stride=stride, projector=(2,))  # a projector is not used
     else:
         saved, trained, config = bagssl.load_checkpoint(arguments.checkpoint)
         epoch = saved["epoch"]
@@ -280,8 +274,7 @@ def load_model(arguments):
     return trained, untrained.to(memory_format=torch.channels_last), config, whole_size, epoch
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 
 def parse_arguments(parser):

@@ -13,7 +13,6 @@ import re
 import runpy
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
@@ -66,38 +65,39 @@ def torchrun(processes, *more):
     return "-m", "torch.distributed.run", *more, f"--nproc_per_node={processes}", "--no-python", sys.executable
 
 
-def calling(function, then="bagssl.run_cli(lambda: bagssl.train(bagssl.parse_config()))"):
+TRAIN = "bagssl.run_cli(lambda: bagssl.train(bagssl.parse_config()))"
+
+
+def calling(function, then=TRAIN):
     """Arguments with which Python calls a function of this file, and then trains."""
     return "-c", f"import bagssl, test_bagssl\ntest_bagssl.{function.__name__}()\n{then}"
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
-    """A function: run a script's main here; it must end with exit code 2 and one sentence, which is returned."""
-    def refused(*arguments, script=bagssl):
+def run(monkeypatch, capsys):
+    """A function: run a script's main here, with these arguments; returns what it printed, stderr last."""
+    def run(*arguments, script=bagssl):
         monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            bagssl.run_cli(script.main if script is not bagssl else lambda: bagssl.train(bagssl.parse_config()))
-        assert ended.value.code == 2
+        bagssl.run_cli(getattr(script, "main", lambda: bagssl.train(bagssl.parse_config())))
+        return "".join(capsys.readouterr())
+    return run
+
+
+@pytest.fixture
+def refused(run, capsys):
+    """The same, but it must end with exit code 2; returns its one sentence."""
+    def refused(*arguments, script=bagssl):
+        with pytest.raises(SystemExit, match="^2$"):
+            run(*arguments, script=script)
         return re.search("error: .+\n$", capsys.readouterr().err)[0]
     return refused
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """A function: run a script's main here, as with these arguments; returns what it printed to stdout."""
-    def run(*arguments, script=bagssl):
-        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
-        capsys.readouterr()
-        bagssl.run_cli(script.main if script is not bagssl else lambda: bagssl.train(bagssl.parse_config()))
-        return capsys.readouterr().out
-    return run
-
-
 @pytest.fixture(autouse=True)
-def seed():
+def setting(monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(bagssl, "LOG_EVERY", 1)
     torch.set_float32_matmul_precision("highest")
     torch.set_num_threads(1)  # as in `start`: sums in another order are not equal to the bit
 
@@ -148,7 +148,7 @@ def test_patches_agree_with_torchvision(dtype, scale, size):
 def test_grid_patches(per_side, area, top, left):
     images, side = noise(2, 3, 32, 48), min(32, math.isqrt(area))
     expected = torch.stack([TF.crop(images, y, x, side, side) for y in top for x in left], 1)
-    assert torch.equal(bagssl.grid_patches(images, per_side, area / 1536), expected)
+    assert torch.equal(bagssl.grid_patches(images, per_side, area / (32 * 48)), expected)
 
 
 # ----------------------------------------------------------------------------------------------------- Augmentation
@@ -199,8 +199,11 @@ def test_a_resnets_backbone_is_torchvisions(arch, width, stride):
         model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, stride, 1, bias=False), nn.Identity()
     model.load_state_dict(encoder.backbone.state_dict())
     h, z = encoder(x)
-    assert h.shape == (2, width) and z.shape == (2, 10)
+    assert h.shape == (2, width)
     assert_close(model(x), h)
+    one, two, last = (layer.weight.T for layer in encoder.projector if isinstance(layer, nn.Linear))
+    s = math.sqrt(1 + 1e-5)  # by which a fresh BatchNorm divides
+    assert_close(z, ((h @ one / s).relu() @ two / s).relu() @ last)
 
 
 def test_patchnets_convolutions_begin_by_copying_their_input():
@@ -296,7 +299,7 @@ def test_vicreg_loss_makes_no_square_of_the_width():
     z = torch.randn(4, 2, 30_000, requires_grad=True)  # a D x D matrix would hold 3.6 GB
     with torch.profiler.profile(profile_memory=True) as profile:
         bagssl.vicreg_loss(z)[0].backward()
-    assert max(event.cpu_memory_usage for event in profile.events()) < 20e6
+    assert 1e5 < max(event.cpu_memory_usage for event in profile.events()) < 20e6
 
 
 @pytest.fixture(scope="module")
@@ -388,28 +391,18 @@ def test_a_folder_is_split_only_if_it_has_train_and_val_or_test(tmp_path):
         write_image(root / path)
         with pytest.raises(bagssl.UserError, match=f"{Path(path).parts[1]}.* is not one of the class folders in"):
             load(root, split)
+    for split in ("val", "Test", None):
+        with pytest.raises(bagssl.UserError, match="must be train or test, not"):
+            load(root, split)
     write_classes(tmp_path / "vehicles", 12, ["bus", "car", "train", "ship"])  # a class that is called train
     assert len(load(tmp_path / "vehicles")[0]) == 12
 
 
-@pytest.mark.parametrize("split", ["val", "Test", "pretrain", None])
-@pytest.mark.parametrize("data", ["demo", "cifar10", "folder"])
-def test_there_are_two_splits(split, data):
-    with pytest.raises(bagssl.UserError, match="must be train or test, not"):
-        bagssl.load_images(data, split)
-
-
 def test_a_folder_that_cannot_be_read_is_not_skipped(tmp_path, monkeypatch):
     write_classes(tmp_path / "photos", 4)
-    scandir = os.scandir
-
-    def deny(path):  # as the operating system does, but not to root
-        if str(path).endswith("/b"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", deny)
-    with pytest.raises(bagssl.UserError, match="cannot read .*/b .Permission denied."):
+    scandir = os.scandir  # which cannot be denied to root: so the folder is gone when it is read
+    monkeypatch.setattr(os, "scandir", lambda path: scandir(str(path).replace("photos/b", "gone")))
+    with pytest.raises(bagssl.UserError, match="cannot read .*gone .No such file"):
         load(tmp_path / "photos")
 
 
@@ -441,9 +434,9 @@ def test_killed_while_decoding_or_beside_another_run_no_file_stays(tmp_path, mon
 
     def decode(*arguments):
         step = next(read)
-        if step == 3:
+        if step == 3:  # the first run's third image
             raise KeyboardInterrupt  # what was written stays, as under kill -9
-        if step == 6:  # another run starts while this one is halfway, and is done first
+        if step == 6:  # the second run's third image: another run starts now, and is done first
             assert torch.equal(load(tmp_path / "photos")[0], pixels)
         return usual(*arguments)
 
@@ -455,7 +448,7 @@ def test_killed_while_decoding_or_beside_another_run_no_file_stays(tmp_path, mon
     assert [path.suffix for path in cache.iterdir()] == [".npy"]
 
 
-def test_photos_of_every_kind_at_any_depth_are_cropped_and_resized(tmp_path):
+def test_photos_of_every_kind_at_any_depth_are_cropped_and_resized(tmp_path, monkeypatch):
     folder = tmp_path / "photos"
     write_image(folder / "a/b/c/d/wide.jpg", size=(91, 45), quality=95)
     Image.new("L", (50, 70), 90).save(folder / "grey.png")
@@ -477,17 +470,9 @@ def test_photos_of_every_kind_at_any_depth_are_cropped_and_resized(tmp_path):
     with Image.open(folder / "a/b/c/d/wide.jpg") as photo:
         expected = TF.pil_to_tensor(TF.resize(TF.center_crop(photo, 45), 32))
     assert (wide.int() - expected.int())[..., 1:-1].abs().max() <= 1  # at the edges, pixels outside count a little
-
-
-def test_a_photo_with_damaged_exif_is_used_as_it_lies(tmp_path):
-    """It says that the photo lies on its side, and has a resolution of -1/0, which Pillow reads but cannot write."""
-    entries = struct.pack("<HHHIIHHIIIii", 2, 0x0112, 3, 1, 6, 0x011A, 10, 1, 38, 0, -1, 0)
-    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries
-    write_image(tmp_path / "photos/a.jpg", quality=100, exif=exif)
-    with Image.open(tmp_path / "photos/a.jpg") as photo:
-        with pytest.raises(Exception):
-            bagssl.ImageOps.exif_transpose(photo)
-        assert torch.equal(load(tmp_path / "photos")[0][0], TF.pil_to_tensor(photo))
+    pixels = write_image(tmp_path / "damaged/a.png")
+    monkeypatch.setattr(bagssl.ImageOps, "exif_transpose", Mock(side_effect=ZeroDivisionError))  # as a rational of -1/0
+    assert torch.equal(load(tmp_path / "damaged")[0][0], pixels)
 
 
 def test_unusable_images_are_named_with_the_reason(tmp_path):
@@ -585,13 +570,10 @@ def tiny_run(tmp_path_factory):
     data, out = folder / "data", folder / "run"
     write_classes(data / "train", 26)
     write_classes(data / "test", 24)
-    printed, _ = command(*calling(log_every_step), *TINY, "--data", data, "--cache", folder / "cache", "--out", out)
+    printed, _ = command("-c", f"import bagssl; bagssl.LOG_EVERY = 1; {TRAIN}", *TINY, "--data", data,
+                         "--cache", folder / "cache", "--out", out)
     return types.SimpleNamespace(data=data, out=out, cache=folder / "cache", checkpoint=out / "checkpoint.pt",
                                  printed=printed)
-
-
-def log_every_step():
-    bagssl.LOG_EVERY = 1
 
 
 @pytest.fixture
@@ -600,9 +582,8 @@ def out(tmp_path):
 
 
 @pytest.fixture
-def tiny(tiny_run, out, monkeypatch):
+def tiny(tiny_run, out):
     """The arguments of the same run in another folder."""
-    monkeypatch.setattr(bagssl, "LOG_EVERY", 1)
     return [*TINY, "--data", tiny_run.data, "--cache", tiny_run.cache, "--out", out]
 
 
@@ -630,7 +611,6 @@ def epoch_of(run_seed, epoch, images, B=8, V=2):
 
 def test_training_is_this_loop(tiny_run, out, run, monkeypatch):
     """Every number logged, and the last weights, against the method written out; the optimiser is written by hand."""
-    monkeypatch.setattr(bagssl, "LOG_EVERY", 1)
     in_float32(monkeypatch)
     printed = run(*TINY, "--data", tiny_run.data, "--cache", tiny_run.cache, "--out", out, "--epochs", 2, "--lr", 0.01,
                   "--clip", 40, "--weight-decay", 0.1, "--seed", 3, "--inv-weight", 10, "--var-weight", 20,
@@ -671,12 +651,12 @@ def test_the_online_probe_learns_and_changes_no_weight(tiny_run, tiny, out, run,
     assert re.search(r"probe \d", tiny_run.printed) and not re.search(r"probe \d", run(*tiny))
     assert "probe" not in read_log(out)[-1] and same_weights(out, tiny_run.out)
 
-    class Knows(bagssl.Encoder):  # an h that tells the class
+    class TellsTheClass(bagssl.Encoder):
         def forward(self, x):
             h, z = super().forward(x)
             return (x.mean((1, 2, 3))[:, None] * torch.ones(2048)).detach() + 0 * h, z
 
-    monkeypatch.setattr(bagssl, "Encoder", Knows)
+    monkeypatch.setattr(bagssl, "Encoder", TellsTheClass)
     dark = noise(48, 3, 40, 40) // torch.tensor([1, 9])[torch.arange(48) % 2, None, None, None]
     monkeypatch.setattr(bagssl, "load_images", lambda *_: (dark, torch.arange(48) % 2))
     run(*tiny, "--out", tmp_path / "knows", "--epochs", 20)
@@ -693,11 +673,12 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(tiny_run, tiny, tmp
     assert "fewer than a batch" in refused(*tiny, "--out", tmp_path / "new", "--batch-size", 64)
     assert not (tmp_path / "new").exists()  # so that the right command is not refused next
     for name in ("precious.txt", "config.json"):
-        (tmp_path / name).mkdir()
-        ((tmp_path / name) / name).write_text("mine")
-        assert "cannot be the folder of this run" in refused(*tiny, "--out", tmp_path / name)
-        assert [path.name for path in (tmp_path / name).iterdir()] == [name]
-    assert "cannot be the folder of this run" in refused(*tiny, "--out", tmp_path / "precious.txt/precious.txt/run")
+        folder = tmp_path / f"with {name}"
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        assert "cannot be the folder of this run" in refused(*tiny, "--out", folder)
+        assert [path.read_text() for path in folder.iterdir()] == ["mine"]
+    assert "cannot be the folder of this run" in refused(*tiny, "--out", folder / name / "below a file")
 
 
 def test_two_runs_in_one_folder_lose_nothing(tiny_run, tiny, out, refused, run, monkeypatch):
@@ -727,7 +708,7 @@ def test_a_run_goes_on_to_more_epochs(tiny_run, tiny, out, run):
     assert last["lr"] == pytest.approx(1e-3 * math.cos(math.pi * 23 / 24 / 2) ** 2)  # of 24 steps, not of 18
 
 
-def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(tiny_run, tiny, out, run):
+def test_killed_three_times_a_run_ends_as_if_it_had_not_been(tiny_run, tiny, out, run):
     for epoch in (1, 3, 4):
         process = start("bagssl.py", *tiny, "--epochs", 6)
         while process.poll() is None and not ((out / "checkpoint.pt").exists() and saved(out)["epoch"] >= epoch):
@@ -797,21 +778,18 @@ def test_foreign_old_malicious_and_damaged_checkpoints_are_refused(tiny_run, tin
     shutil.copytree(tiny_run.out, out)
     (out / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])
     assert "damaged, or not a checkpoint of this version" in refused(*tiny)
-    assert "cannot read none.pt (No such file" in refused("--checkpoint", "none.pt", script=eval_linear)
+    assert "No such file or directory: 'none.pt'" in refused("--checkpoint", "none.pt", script=eval_linear)
 
 
-@pytest.mark.parametrize("error, raised, words", [
-    (PermissionError(13, "Permission denied"), bagssl.UserError, "Permission denied"),
-    (OSError(5, "Input/output error"), bagssl.UserError, "Input/output error"),
-    (MemoryError(), MemoryError, None),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), RuntimeError, "can't allocate memory")])
-def test_a_good_checkpoint_is_not_called_damaged(tiny_run, monkeypatch, error, raised, words):
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error"),
+                                   MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_good_checkpoint_is_not_called_damaged(tiny_run, monkeypatch, error):
     monkeypatch.setattr(*((Path, "read_bytes") if isinstance(error, OSError) else (torch, "load")),
                         Mock(side_effect=error))
     for read in (bagssl.load_encoder, eval_linear.read_tensors):
-        with pytest.raises(raised, match=words) as told:
+        with pytest.raises(type(error)) as told:
             read(tiny_run.checkpoint)
-        assert "damaged" not in str(told.value)
+        assert told.value is error
 
 
 # -------------------------------------------------------------------------------------------------------- Processes
@@ -841,6 +819,8 @@ def test_processes_train_as_one_on_two_nodes_or_compiled(tmp_path):
         assert not any(code for _, code in ended), ended
         return [out for (out, _), _ in ended]
 
+    torch.manual_seed(0)
+    initial = bagssl.Encoder("patchnet", 1, (16, 16, 16))
     nodes = torchrun(2, "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{get_free_port()}")
     finish(train("1"))
     printed = finish(train("2 nodes", nodes), train("2 nodes", nodes))
@@ -849,7 +829,9 @@ def test_processes_train_as_one_on_two_nodes_or_compiled(tmp_path):
     for name in ("2 nodes", "2 compiled"):
         for key, tolerance in (("loss", 1e-5), ("gradient_norm", 1e-3)):
             assert read_log(tmp_path / name, key) == pytest.approx(read_log(tmp_path / "1", key), rel=tolerance)
-        assert_close(saved(tmp_path / name)["encoder"], saved(tmp_path / "1")["encoder"], rtol=1e-4, atol=1e-4)
+        for key, weight in bagssl.load_encoder(tmp_path / "1/checkpoint.pt")[0].named_parameters():
+            found, first = saved(tmp_path / name)["encoder"][key], initial.get_parameter(key)
+            assert (found - weight).norm() <= 0.01 * (weight - first).norm(), key
 
 
 def compare_two_processes_with_one():
@@ -928,16 +910,11 @@ def test_linear_probe_is_this_protocol(width, spread):
     found = eval_linear.linear_probe(train, labels, test, labels)
     assert found == {"top1": pytest.approx(accuracy(x_test, labels, weight), abs=0.3), "decay": best,
                      "top5": pytest.approx(accuracy(x_test, labels, weight, 5), abs=0.3)}
+    # Features that do not vary in training, as raw pixels in the corners, change nothing where test images differ.
+    constant = [torch.cat([part, torch.full((480, 5), grey)], 1) for part, grey in ((train, 0.1), (test, 0.6))]
+    assert eval_linear.linear_probe(constant[0], labels, constant[1], labels) == found
     with pytest.raises(bagssl.UserError, match="9 images are too few"):
         eval_linear.linear_probe(train[:9], labels[:9], test, labels)
-
-
-def test_features_that_never_vary_in_training_do_not_confuse_the_probe():
-    labels = torch.arange(60) % 3
-    train, test = (torch.randn(60, 99) + 2 * F.one_hot(labels, 3).repeat(1, 33) for _ in range(2))
-    grey = torch.full((60, 50), 0.1)  # raw pixels in the corners, say, where only test images differ
-    found = eval_linear.linear_probe(torch.cat([train, grey], 1), labels, torch.cat([test, grey + 0.5], 1), labels)
-    assert found["top1"] == 100
 
 
 def test_linear_fits_are_the_optima():
@@ -1034,16 +1011,14 @@ def test_probes_that_write_at_once_lose_no_row(tmp_path):
     assert sorted(int(row["features"].strip("x")) for row in table(tmp_path)) == list(range(400))
 
 
-def test_an_unfinished_run_is_probed_also_where_nothing_can_be_written(copied, tmp_path, run, monkeypatch, capsys):
-    monkeypatch.setattr(eval_linear, "linear_probe", Mock(return_value={"top1": 50.0}))
+def test_an_unfinished_run_is_probed_also_where_nothing_can_be_written(copied, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(eval_linear, "linear_probe", lambda *_: {"top1": 50.0})
     monkeypatch.setattr(eval_linear, "whiten", lambda train, test: (train, test))  # takes seconds, too
     torch.save(saved(tmp_path) | {"epoch": 2}, tmp_path / "checkpoint.pt")
     (tmp_path / "eval.jsonl").mkdir()
-    monkeypatch.setattr(sys, "argv", ["script", *map(str, copied), "--patches", "1", *map(str, SMALL)])
-    bagssl.run_cli(eval_linear.main)
-    printed = capsys.readouterr()
-    assert "is from epoch 2 of 6: training is unfinished" in printed.out and printed.out.count("top1 50.00 %") == 4
-    assert printed.err.count("warning: not added to") == printed.err.count("\n") == 4
+    printed = run(*copied, "--patches", 1, *SMALL, script=eval_linear)
+    assert "is from epoch 2 of 6: training is unfinished" in printed and printed.count("top1 50.00 %") == 4
+    assert printed.count("warning: not added to") == 4
 
 
 def test_features_that_are_not_finite_are_told(copied, tmp_path, refused):
@@ -1166,9 +1141,8 @@ def test_claims_are_measured(copied, tiny_run, tmp_path, run, refused):
 
     assert "nearest neighbours drawn in" in run("locality", *copied, script=claims)
     assert {"patch, h", "bag of 16, z", "untrained, patch, z"} <= {row["features"] for row in table(tmp_path)}
-    picture = np.array(Image.open(tmp_path / "neighbours.png"))
-    cell = 10 + 2 + 1  # a patch, its frame, a gap; a half has ten rows of a query and its 8 neighbours
-    assert picture.shape == (6 * (10 * cell + 1) + 24 + 28, 2 * 6 * (9 * cell + 1) + 3 * 14, 3)
+    assert (tmp_path / "neighbours.png").exists()
+    assert "votes drawn in" in run("votes", *copied, "--patches", 4, script=claims)
     assert "only in the demo" in refused("cooccurrence", *copied, script=claims)
 
 
@@ -1201,7 +1175,7 @@ def test_locality_and_co_occurrence_tell_what_an_encoder_knows():
     assert claims.grating_similarity(Knows(1, 1), 20) < 0.5
 
 
-def test_votes_add_up_and_one_patch_can_decide(tmp_path, monkeypatch):
+def test_votes_add_up_and_one_patch_can_decide(monkeypatch):
     in_float32(monkeypatch)
     backbone = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).requires_grad_(False)
     images, probe = noise(3, 3, 40, 40), torch.randn(7, 4)
@@ -1220,18 +1194,13 @@ def test_votes_add_up_and_one_patch_can_decide(tmp_path, monkeypatch):
     assert votes[torch.arange(16), :, labels].argmax(1).equal(places)
     most, least = claims.split_by_agreement(votes)
     assert most.argmax(1).equal(labels) and len(least.argmax(1).unique()) == 1  # of what is left, all look alike
-    labels[:3] = 1 - labels[:3]  # so that some are wrong
-    claims.draw_votes(tmp_path / "votes.png", images, labels, votes, ["black", "white"], 0.0625, None, count=2)
-    assert np.array(Image.open(tmp_path / "votes.png")).shape[0] > 4 * 128
 
 
 def test_the_benchmark_counts_and_simulates(run, monkeypatch, capsys):
     benchmark.time_decoding(8)
     assert "decoding: " in capsys.readouterr().out
-    monkeypatch.setattr(benchmark.profile, "__defaults__", (1, 2))
-    printed = run("profile", *TINY, script=benchmark)
-    milliseconds, rate = re.search(r"step ([\d.]+) ms, ([\d,]+) patches/s", printed).groups()
-    assert float(rate.replace(",", "")) == pytest.approx(8 * 2 / float(milliseconds) * 1e3, rel=0.05)
+    monkeypatch.setattr(benchmark.profile, "__defaults__", (1, 2))  # warm_up, rounds
+    assert "patches/s" in run("profile", *TINY, script=benchmark)
     printed = run("flops", "--preset", "cifar10-cpu", "--epochs", 40, script=benchmark)
     assert "7,997,440 patches, 0.79" in printed and "25.36 GFLOP a step of 256" in printed
     printed = run("scale", "--preset", "cifar10-cpu", "--processes", 1, 2, script=benchmark)
@@ -1262,14 +1231,9 @@ def test_the_pictures_are_drawn_from_the_tables(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", drawing)
     plots = runpy.run_path(str(HERE / ".github/plots.py"))
     plots["draw_curve"]()
-    drawn = [pair for call in axis.plot.call_args_list if "bag of 16, linear" in call.kwargs["label"]
-             for pair in zip(*call.args[:2])]
-    section = (HERE / ".github/RESULTS.md").read_text().partition("### The number of patches")[2]
-    rows = re.findall(r"^\| \d+ \| ([\d,]+) \|(?:[^|]*\|){4} ([\d.]+) \|", section, re.M)  # cells 2 and 7
-    assert [top1 for _, top1 in drawn] == [float(top1) for _, top1 in rows] and len(rows) >= 4
-    tflop, _, _ = benchmark.count_step(bagssl.parse_config(["--preset", "cifar10-cpu"]), 1)
-    assert [pflop for pflop, _ in drawn] == pytest.approx(
-        [int(patches.replace(",", "")) * tflop / 256e3 for patches, _ in rows], rel=1e-3)
+    pflop, top1 = axis.plot.call_args_list[0].args[:2]  # of the linear probe
+    drawn = dict(zip(top1, pflop))
+    assert [drawn[82.5], drawn[84.5]] == pytest.approx([0.36, 0.79], abs=0.005)  # README's, after 18 and 40 epochs
     assert len(plots["table"]("Claim 1", "pretraining")) == 10 and len(plots["table"]("Claim 3", "bag of")) == 8
 
 
@@ -1280,8 +1244,10 @@ def test_the_pictures_are_drawn_from_the_tables(monkeypatch):
     ("--nonsense 1", "unrecognized arguments: --nonsense"), ("--lr much", "argument --lr: invalid float value"),
     ("--arch vit", "argument --arch: invalid choice: 'vit'"), ("--lr inf", "rates, weights and minutes"),
     ("--preset nonsense", "argument --preset: invalid choice"),
-    ("--inv-weight nan", "rates, weights and minutes"), ("--num-patches 1", "--num-patches 2 or more"),
+    ("--inv-weight nan", "rates, weights and minutes"), ("--num-patches 1", "must be 2 or more"),
     ("--epochs 0", "--epochs must be 1 or more"), ("--image-size 81", "multiple of 5, not 81"),
+    ("--projector 0", "must be 2 or more"), ("--image-size 2 --patch-size 16", "patches must be 3 pixels"),
+    ("--device mps", "--device mps is not available"),
     ("--warmup 10", "--warmup 0 to 1"),
     ("--patch-scale 1.5", "--patch-scale takes a fraction"), ("--stem-stride 4", "a ResNet's own stem"),
     ("--patch-scale 0.2 0.8", "--patch-size"),
@@ -1296,7 +1262,7 @@ def test_bad_arguments(arguments, sentence, offline, refused):
 
 def test_a_refused_script_ends_with_code_2_and_one_sentence(tmp_path):
     out, error = command("eval_linear.py", "--checkpoint", "none.pt", code=2)
-    assert out == "" and re.fullmatch("error: cannot read none.pt .*\n", error)
+    assert out == "" and re.fullmatch("error: .*No such file or directory: 'none.pt'\n", error)
     out, error = command("bagssl.py", "--batch-size", 9, "--out", tmp_path, launcher=torchrun(2), code=1)
     assert "error: --batch-size 9 cannot be divided among 2 processes" in error
 
@@ -1321,7 +1287,7 @@ def test_it_runs_without_docstrings_and_where_paths_cannot_be_printed(tmp_path):
 # -------------------------------------------------------------------------------------------------- README and help
 
 
-def test_help_names_every_field_and_its_default(run):
+def test_help_names_every_field_and_its_default():
     shown = " ".join(command("bagssl.py", "--help")[0].split())
     assert all("--" + name.replace("_", "-") in shown for name in bagssl.Config.__dataclass_fields__)
     assert "VICReg authors' [25.0]" in shown and "[2048, 2048, 2048]" in shown and "--no-compile" in shown
@@ -1341,7 +1307,7 @@ def test_links_lead_to_the_code(page):
 
 def test_pieces_can_be_pasted_with_what_the_readme_says_they_need(tiny_run):
     """And its example runs."""
-    _, *parts = re.split(r"^# -{118}\n# (.+)\n", Path(bagssl.__file__).read_text(), flags=re.M)
+    _, *parts = re.split(r"^# ---- (.+?) -+\n", Path(bagssl.__file__).read_text(), flags=re.M)
     sections, images, u = dict(zip(parts[::2], parts[1::2])), noise(2, 3, 8, 8), torch.rand(2, 3, 11)
     z, backbone = torch.randn(4, 2, 3), nn.Flatten()
     for names, given, call in (
@@ -1369,7 +1335,9 @@ def test_documented_commands_use_flags_that_exist(script, first):
     used = {flag for arguments in used for flag in re.findall(r" (--[\w-]+)", arguments)}
     assert len(used) > 1 and used <= set(known), used - set(known)
     if script == "bagssl.py":  # the values are valid, too, also for 8 processes
-        for settings in re.findall(r"(?:python|=8) bagssl\.py((?: [^\s`&|;]+)*)", (HERE / "README.md").read_text()):
+        commands = re.findall(r"(?:python|=8) bagssl\.py((?: [^\s`&|;]+)*)", (HERE / "README.md").read_text())
+        assert len(commands) >= 5
+        for settings in commands:
             assert "--help" in settings or bagssl.parse_config(settings.split()).batch_size % 8 == 0
 
 
