@@ -334,6 +334,7 @@ def main():
     trained, untrained, config, whole_size, epoch = load_model(arguments)
     scale, size = config.patch_scale[0], config.patch_size or None
     device = bagssl.start_process(arguments.device)
+    torch.set_float32_matmul_precision("highest")  # lower ones are too coarse for L-BFGS, and for cosines near 1
     train_images, y = load_split(config, arguments, "train")
     test_images, test_y = load_split(config, arguments, "test")
     y, test_y = y.to(device), test_y.to(device)
@@ -349,14 +350,11 @@ def main():
     setting = dict(show="probe", epoch=epoch, data=config.data, image_size=config.image_size, patch_scale=scale,
                    patch_size=size, train_images=len(train_images), test_images=len(test_images))
     for name, embedder in embedders.items():
-        torch.set_float32_matmul_precision("highest")  # lower ones are too coarse for L-BFGS
         train = embed(embedder, train_images, device, f"{name}, train").to(device)
         test = embed(embedder, test_images, device, f"{name}, test").to(device)
-        row = linear_probe(train, y, test, test_y)
-        white, white_test = whiten(train, test)
-        torch.set_float32_matmul_precision("medium")  # enough for cosines, and faster on GPUs and on CPUs with AMX
-        row["knn"] = knn_probe(train, y, test, test_y)
-        row["knn_whitened"] = knn_probe(white, y, white_test, test_y)
+        row = {**linear_probe(train, y, test, test_y), "knn": knn_probe(train, y, test, test_y)}
+        train, test = whiten(train, test)
+        row["knn_whitened"] = knn_probe(train, y, test, test_y)
         columns = [f"{key} {row[key]:5.2f} %" for key in ("top1", "top5", "knn", "knn_whitened") if key in row]
         print(f"{name:{max(map(len, embedders))}}", *columns, sep="  ", flush=True)
         save_row(arguments, **setting, features=name, **row)

@@ -98,7 +98,6 @@ def refused(run, capsys):
 def setting(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(bagssl, "LOG_EVERY", 1)
-    torch.set_float32_matmul_precision("highest")
     torch.set_num_threads(1)  # as in `start`: sums in another order are not equal to the bit
 
 
@@ -977,7 +976,6 @@ def test_probes_get_the_features_that_a_row_names(copied, tiny_run, tmp_path, ru
         assert f"{row['features']:21}  top1 50.00 %  knn {row['knn']:5.2f} %  knn_whitened" in printed
         assert (row["show"], row["epoch"], row["patch_size"], row["test_images"]) == ("probe", 6, 12, 24)
 
-    torch.set_float32_matmul_precision("highest")  # at its end, the script leaves a lower one
     backbone = bagssl.load_encoder(tiny_run.checkpoint)[0].backbone.requires_grad_(False)
     bag, whole, _, pixels = linear.call_args_list
     for k, split in enumerate(("train", "test")):
