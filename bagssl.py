@@ -372,7 +372,8 @@ class Encoder(nn.Module):
 # ---- Loss ------------------------------------------------------------------------------------------------------------
 # Let p(x1, x2) be the distribution of two patches of one image, p(x) that of a single patch, and
 # r = p(x1, x2) / (p(x1) p(x2)): how much more often than by chance the two occur together. The paper's first loss, L_C,
-# fits r by w z1.z2, for some w > 0; L_S, its second, is what remains if the square is expanded:
+# fits r by w z1.z2, for some w > 0; L_S, its second, is what remains if the square is expanded (x1 and x2 are
+# independent there):
 #     L_C = E_{p(x1) p(x2)} [(w z1.z2 - r)^2] = 2 w L_S + const
 #     L_S = w / 2 || E[z z^T] ||_F^2 - E_{p(x1, x2)} [z1.z2]
 # If each of the D dimensions of z has mean 0 and variance 1, 2 L_S is, up to a constant,

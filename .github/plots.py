@@ -92,7 +92,7 @@ def draw_curve():
     axis.plot([3.5, 35, 104], [80.6, 90.7, 93.1], "s:", color="tab:red",
               label="EMP-SSL, 1, 10, 30 epochs, linear probe")
     axis.plot(3.5, 82.1, "s", color="tab:red", mfc="white", label="EMP-SSL, one epoch of a rewrite, linear probe")
-    axis.plot(333, 92.07, "^", color="tab:red", label="VICReg on whole images, online probe")
+    axis.plot(333, 92.07, "^", color="tab:red", label="VICReg on two crops (solo-learn), online probe")
     for top1, style, label in ((79.6, "--", "k-means on patches, 2011, linear classifier"),
                                (81.1, "-.", "sparse manifold transform, 2022, kNN")):
         axis.axhline(top1, color="tab:green", ls=style, lw=1, label=label)
