@@ -586,8 +586,8 @@ def tiny(tiny_run, out):
     return [*TINY, "--data", tiny_run.data, "--cache", tiny_run.cache, "--out", out]
 
 
-def read_log(run, key=None):
-    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+def read_log(folder, key=None, name="log.jsonl"):
+    entries = [json.loads(line) for line in (folder / name).read_text().splitlines()]
     return [entry[key] for entry in entries] if key else entries
 
 
@@ -951,10 +951,6 @@ def test_knn_votes_as_a_loop_does():
 SMALL = "--image-size", 20, "--patch-scale", 0.25  # raw pixels of larger images have thousands of axes
 
 
-def table(folder):
-    return [json.loads(line) for line in (folder / "eval.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture
 def copied(tiny_run, tmp_path):
     """The arguments of a probe of the tiny run's checkpoint, alone in a folder."""
@@ -969,7 +965,7 @@ def test_probes_get_the_features_that_a_row_names(copied, tiny_run, tmp_path, ru
     monkeypatch.setattr(eval_linear, "knn_probe", knn)
     in_float32(monkeypatch)
     printed = run(*copied, "--patches", 4, *SMALL, "--patch-size", 12, script=eval_linear)
-    rows = table(tmp_path)
+    rows = read_log(tmp_path, name="eval.jsonl")
     assert [row["features"] for row in rows] == [
         "bag of 4", "whole image, one pass", "untrained, bag of 4", "raw pixels"]
     for row in rows:
@@ -991,14 +987,18 @@ def test_probes_get_the_features_that_a_row_names(copied, tiny_run, tmp_path, ru
         assert all(x.equal(y) for x, y in zip(probed.args[1::2], whitened.args[1::2], strict=True))
 
 
+def load_model(checkpoint, **given):
+    arguments = dict.fromkeys(("arch", "data", "cache", "image_size", "patch_size", "patch_scale")) | given
+    return eval_linear.load_model(types.SimpleNamespace(checkpoint=checkpoint, **arguments))
+
+
 def test_a_multi_scale_network_sees_the_whole_image_at_the_size_of_a_patch(tiny_run, monkeypatch):
     multi_scale = bagssl.Config(patch_scale=(0.2, 0.8), patch_size=12, projector=(16,) * 3)
     encoder = bagssl.load_encoder(tiny_run.checkpoint)[0]
     monkeypatch.setattr(bagssl, "load_checkpoint", lambda _: ({"epoch": 30}, encoder, multi_scale))
     for given, expected in (({}, ((0.5,), 12, 12)), ({"patch_scale": 0.25}, ((0.25,), 12, 12)),
                             ({"patch_scale": 0.25, "patch_size": 0}, ((0.25,), 0, None))):
-        arguments = dict.fromkeys(("arch", "data", "cache", "image_size", "patch_size", "patch_scale")) | given
-        _, _, config, whole_size, _ = eval_linear.load_model(types.SimpleNamespace(checkpoint="any", **arguments))
+        _, _, config, whole_size, _ = load_model("any", **given)
         assert (config.patch_scale, config.patch_size, whole_size) == expected
 
 
@@ -1006,7 +1006,7 @@ def test_probes_that_write_at_once_lose_no_row(tmp_path):
     arguments = types.SimpleNamespace(checkpoint=str(tmp_path / "checkpoint.pt"))
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: eval_linear.save_row(arguments, features=str(i) + 3000 * "x"), range(400)))
-    assert sorted(int(row["features"].strip("x")) for row in table(tmp_path)) == list(range(400))
+    assert sorted(int(row["features"].strip("x")) for row in read_log(tmp_path, name="eval.jsonl")) == list(range(400))
 
 
 def test_an_unfinished_run_is_probed_also_where_nothing_can_be_written(copied, tmp_path, run, monkeypatch):
@@ -1033,31 +1033,22 @@ def test_fewer_images_are_drawn_with_their_labels(monkeypatch):
 
 
 def test_the_untrained_control_has_the_whitening_and_nothing_else(tiny_run):
-    arguments = dict.fromkeys(("arch", "data", "cache", "image_size", "patch_size", "patch_scale"))
-    arguments = types.SimpleNamespace(checkpoint=tiny_run.checkpoint, **arguments)
-    trained, untrained = (network.backbone for network in eval_linear.load_model(arguments)[:2])
+    trained, untrained = (network.backbone for network in load_model(tiny_run.checkpoint)[:2])
     same = [name for name, value in trained.named_parameters() if torch.equal(value, untrained.get_parameter(name))]
     assert same == ["whiten.weight"]
 
 
-@pytest.fixture(scope="module")
-def published():
-    """A ResNet-18 whose batch normalisations all differ, its state dict, an input, and its embedding."""
-    torch.manual_seed(0)
+def test_published_networks_are_found_by_name_in_any_wrapping_and_order(tmp_path, capsys):
     model, x = torchvision.models.resnet18(), torch.rand(2, 3, 96, 96).to(memory_format=torch.channels_last)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d):  # all of which differ
             for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
                 tensor.data.uniform_(0.5, 1.5)
     state, sequence = model.state_dict(), nn.Sequential(*list(model.children())[:-1]).state_dict()
     model.fc = nn.Identity()
-    return state, sequence, x, model.eval().to(memory_format=torch.channels_last)(x)
-
-
-def test_published_networks_are_found_by_name_in_any_wrapping_and_order(published, tmp_path, capsys):
-    state, sequence, x, expected = published
+    expected = model.eval().to(memory_format=torch.channels_last)(x)
     inside = {f"module.backbone.{key}": value for key, value in state.items()}
-    for content in (state, dict(sorted(state.items())), dict(sorted(sequence.items())), {"state_dict": inside},
+    for content in (dict(sorted(state.items())), dict(sorted(sequence.items())),
                     {f"_orig_mod.{key}": value for key, value in reversed(state.items())},
                     {"epoch": 3, "model": {f"encoder_q.{key}": value for key, value in state.items()}},
                     {"state_dict": {f"backbone.{key}": value for key, value in sequence.items()},
@@ -1070,32 +1061,33 @@ def test_published_networks_are_found_by_name_in_any_wrapping_and_order(publishe
     assert "holds 2 networks; taking student.module.backbone, not teacher.module." in capsys.readouterr().out
 
 
-def test_what_is_no_published_network_is_told(published, tmp_path):
-    state, path = published[0], tmp_path / "published.pth"
+def test_what_is_no_published_network_is_told(tmp_path):
+    state = torchvision.models.resnet18().state_dict()
     part = {key: value for key, value in state.items() if key != "layer2.0.bn1.bias"}
     renamed = {key.replace("bn", "norm"): value for key, value in state.items()}
-    for content, words in ((part, "looked for .* by name and shape, such as conv1.weight .* or 0.weight"),
-                           (renamed, "the file's names are conv1.weight, norm1.weight"), ([state], "holds a list"),
-                           ({"model": state, "best": np.float64(0.5)}, "plain values, a numpy"),
-                           ({"model": state, "path": Path("x")}, "plain values, a pathlib")):
-        torch.save(content, path)
+    for arch, content, words in (
+            ("resnet18", part, "looked for .* by name and shape, such as conv1.weight .* or 0.weight"),
+            ("resnet18", renamed, "the file's names are conv1.weight, norm1.weight"),
+            ("resnet34", state, "holds no resnet34"),
+            ("resnet18", torchvision.models.resnet34().state_dict(), "holds no resnet18"),  # all of its are there
+            ("resnet18", [state], "holds a list"),
+            ("resnet18", {"model": state, "best": np.float64(0.5)}, "plain values, a numpy"),
+            ("resnet18", {"model": state, "path": Path("x")}, "plain values, a pathlib"),
+            ("resnet18", b"\x10\0\0\0\0\0\0\0{\"a\": 1}       ", "is a safetensors file"),
+            ("resnet18", b"PK\3\4 cut off", "not a file saved by torch, or it is damaged"),
+            ("resnet18", b"text", "not a file saved by torch, or it is damaged")):
+        path = tmp_path / "published.pth"
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         with pytest.raises(bagssl.UserError, match=words):
-            eval_linear.load_published(path, "resnet18")
-    for theirs, ours in (("resnet18", "resnet34"), ("resnet34", "resnet18")):  # of which all tensors are there
-        torch.save(torchvision.models.get_model(theirs).state_dict(), path)
-        with pytest.raises(bagssl.UserError, match=f"holds no {ours}"):
-            eval_linear.load_published(path, ours)
-    for content, words in ((b"\x10\0\0\0\0\0\0\0{\"a\": 1}       ", "is a safetensors file"),
-                           (path.read_bytes()[:9999], "not a file saved by torch, or it is damaged"),
-                           (b"text", "not a file saved by torch, or it is damaged")):
-        path.write_bytes(content)
-        with pytest.raises(bagssl.UserError, match=words):
-            eval_linear.load_published(path, "resnet18")
+            eval_linear.load_published(path, arch)
 
 
 def test_a_published_checkpoint_is_probed(tiny_run, run, refused, tmp_path):
     path = tmp_path / "18.pth"
-    torch.save(bagssl.make_backbone("resnet18", 1).state_dict(), path)
+    backbone, x = bagssl.make_backbone("resnet18", 1).eval(), torch.rand(2, 3, 20, 20)
+    torch.save(backbone.state_dict(), path)
+    loaded, stem_stride = eval_linear.load_published(path, "resnet18")
+    assert stem_stride == 1 and torch.allclose(loaded(x), backbone(x), atol=1e-5)
     resnet18 = "--checkpoint", path, "--arch", "resnet18", "--cache", tiny_run.cache
     views = "--data", tiny_run.data, "--patch-size", 20, *SMALL
     assert "bag of 4" in run(*resnet18, *views, "--patches", 4, script=eval_linear)
@@ -1106,10 +1098,7 @@ def test_a_published_checkpoint_is_probed(tiny_run, run, refused, tmp_path):
 def test_the_demo_learns(tmp_path):
     """Its bag is nearly always right; one patch cannot be, and the same network untrained is far behind."""
     command("bagssl.py", "--out", tmp_path, "--device", "cpu")
-    encoder, config = bagssl.load_encoder(tmp_path / "checkpoint.pt")
-    torch.manual_seed(0)
-    untrained = bagssl.Encoder(config.arch, config.stem_stride, config.projector).eval()
-    untrained.backbone.whiten.load_state_dict(encoder.backbone.whiten.state_dict())
+    encoder, untrained, config, *_ = load_model(tmp_path / "checkpoint.pt")
     (train, y), (test, test_y) = (bagssl.load_images("demo", split, config.image_size) for split in ("train", "test"))
     top1 = []
     for network, side in ((encoder, 4), (encoder, 1), (untrained, 4)):
@@ -1124,7 +1113,7 @@ def test_the_demo_learns(tmp_path):
 
 def test_claims_are_measured(copied, tiny_run, tmp_path, run, refused):
     printed = run("parts", *copied, "--patches", 1, 4, script=claims)
-    rows = {row["features"]: row for row in table(tmp_path)}
+    rows = {row["features"]: row for row in read_log(tmp_path, name="eval.jsonl")}
     assert rows.keys() == {f"{prefix}{name}" for prefix in ("", "untrained, ") for name in ("one patch, the centre",
                                                                                             "bag of 4")}
     assert all(f"{row['same image']:.3f}" in printed for row in rows.values())
@@ -1138,7 +1127,8 @@ def test_claims_are_measured(copied, tiny_run, tmp_path, run, refused):
         assert rows["bag of 4"][name] == pytest.approx(cosine[pairs].mean().item(), abs=1e-4)
 
     assert "nearest neighbours drawn in" in run("locality", *copied, script=claims)
-    assert {"patch, h", "bag of 16, z", "untrained, patch, z"} <= {row["features"] for row in table(tmp_path)}
+    rows = read_log(tmp_path, "features", name="eval.jsonl")
+    assert {"patch, h", "bag of 16, z", "untrained, patch, z"} <= {*rows}
     assert (tmp_path / "neighbours.png").exists()
     assert "votes drawn in" in run("votes", *copied, "--patches", 4, script=claims)
     assert "only in the demo" in refused("cooccurrence", *copied, script=claims)
