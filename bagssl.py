@@ -94,9 +94,9 @@ class Config:
             setattr(self, field.name, kind(value))
         low, high = self.patch_scale[0], self.patch_scale[-1]
         if not 0 < low <= high <= 1 or len(self.patch_scale) > (2 if self.patch_size else 1):
-            raise UserError("--patch-scale takes a fraction above 0, up to 1, or two and a --patch-size to resize to")
+            raise UserError("--patch-scale takes a fraction above 0, up to 1, or a low and a high one and --patch-size")
         if min(self.image_size, self.patch_size or round(low ** 0.5 * self.image_size)) < 3:
-            raise UserError("patches must be 3 pixels wide or more; give a larger --image-size or --patch-scale")
+            raise UserError("patches must be 3 pixels wide: give a larger --image-size, --patch-scale or --patch-size")
         if min(self.batch_size, self.num_patches, *self.projector) < 2:
             raise UserError("--batch-size, --num-patches and each width of --projector must be 2 or more")
         if self.arch == "patchnet" and self.stem_stride == 4:
@@ -111,8 +111,9 @@ class Config:
 CIFAR = dict(batch_size=64, projector=(1024, 1024, 1024), inv_weight=10.0)
 
 PRESETS = {
-    # Two patches of a demo image have only its class, one of ten, in common. Hence a few dimensions of z are enough.
-    # The patches' projections cannot agree closely: the invariance term stays large, and cov_weight is raised to match.
+    # Two patches in different cells of a demo image have only its class, one of ten, in common. Hence a few dimensions
+    # of z are enough. The patches' projections cannot agree closely: the invariance term stays large, and cov_weight is
+    # raised to match.
     "demo": dict(data="demo", image_size=80, patch_scale=(0.04,), batch_size=64, epochs=10, projector=(512, 512, 32),
                  cov_weight=10.0),
     "cifar10-cpu": dict(CIFAR, data="cifar10", epochs=18),  # half an hour on two cores, less on fast ones
@@ -660,7 +661,7 @@ def demo_images(count, image_size, seed):
 # whole batch and keeps those of its own images. So they do not depend on the number of processes, and a run resumed at
 # the end of an epoch trains the encoder as if it had not been interrupted.
 
-LOG_EVERY = 50  # steps between lines of the log; the other steps do not wait for the GPU
+LOG_EVERY = 50  # steps between lines of the log, each of which waits for the GPU
 
 
 def training_views(images, u, config, augmented=True):
@@ -753,7 +754,7 @@ def train(config):
               {"params": [p for p in parameters if p.ndim == 1]}]  # BatchNorm's
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
 
-    state = [{"epoch": 0}]  # a list, as broadcast_object_list needs one
+    state = [{"epoch": 0, "config": {"epochs": 0}}]  # a list, as broadcast_object_list needs one
     if RANK == 0:
         out = open_run(config)
         if (out / "checkpoint.pt").exists():
@@ -763,8 +764,8 @@ def train(config):
     if start := state[0]["epoch"]:  # epochs done
         encoder.load_state_dict(state[0]["encoder"])
         optimizer.load_state_dict(state[0]["optimizer"])
-    if start > config.epochs:
-        raise UserError(f"{config.out} holds a run of {start} epochs; give as many --epochs or more, or another --out")
+    if (before := state[0]["config"]["epochs"]) > config.epochs:
+        raise UserError(f"{config.out} holds a run of {before} epochs; give as many --epochs or more, or another --out")
     if RANK == 0:
         log = open(out / "log.jsonl", "a", buffering=1)
         print(f"{config}\n{len(images):,} images {'without' if labels is None else 'with'} labels from {config.data}; "

@@ -707,7 +707,7 @@ def test_a_run_goes_on_to_more_epochs(tiny_run, tiny, out, run):
     assert last["lr"] == pytest.approx(1e-3 * math.cos(math.pi * 23 / 24 / 2) ** 2)  # of 24 steps, not of 18
 
 
-def test_killed_three_times_a_run_ends_as_if_it_had_not_been(tiny_run, tiny, out, run):
+def test_killed_three_times_a_run_ends_as_if_it_had_not_been(tiny_run, tiny, out, run, refused):
     for epoch in (1, 3, 4):
         process = start("bagssl.py", *tiny, "--epochs", 6)
         while process.poll() is None and not ((out / "checkpoint.pt").exists() and saved(out)["epoch"] >= epoch):
@@ -715,6 +715,7 @@ def test_killed_three_times_a_run_ends_as_if_it_had_not_been(tiny_run, tiny, out
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL and epoch <= saved(out)["epoch"] < 6
+    assert "holds a run of 6 epochs; give as many" in refused(*tiny, "--epochs", 5)  # its schedule is another
     run(*tiny)
     assert same_weights(out, tiny_run.out)
     assert dict(zip(read_log(out, "step"), read_log(out, "loss")))[18] == read_log(tiny_run.out, "loss")[-1]
