@@ -89,10 +89,11 @@ def draw_curve():
     for (name, column), colour in zip(columns.items(), ("tab:blue", "tab:cyan", "tab:grey")):
         pflop = [int(row["patches"].replace(",", "")) * PFLOP_PER_PATCH for row in rows]
         axis.plot(pflop, [float(row[column]) for row in rows], "o-", color=colour, label=f"bag of 16, {name}")
-    axis.plot([3.5, 35, 104], [80.6, 90.7, 93.1], "s:", color="tab:red",
-              label="EMP-SSL, 1, 10, 30 epochs, linear probe")
-    axis.plot(3.5, 82.1, "s", color="tab:red", mfc="white", label="EMP-SSL, one epoch of a rewrite, linear probe")
-    axis.plot(333, 92.07, "^", color="tab:red", label="VICReg on two crops (solo-learn), online probe")
+    published = table("Published figures", "on CIFAR-10")
+    for name, style in (("EMP-SSL", "s:"), ("EMP-SSL, for few epochs", "s"), ("VICReg on two crops", "^:")):
+        points = [(float(row["PFLOP"]), float(row["accuracy"])) for row in published if row["on CIFAR-10"] == name]
+        axis.plot(*zip(*points), style, color="tab:red", mfc="white" if style == "s" else None,
+                  label=f"{name}, linear probe")
     for top1, style, label in ((79.6, "--", "k-means on patches, 2011, linear classifier"),
                                (81.1, "-.", "sparse manifold transform, 2022, kNN")):
         axis.axhline(top1, color="tab:green", ls=style, lw=1, label=label)
