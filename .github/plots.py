@@ -22,9 +22,10 @@ BAGS = {"one patch": 1, "bag of 4": 4, "bag of 16": 16, "bag of 64": 64}
 
 def table(section, first):
     """The rows, {column: cell}, of the table in a section of RESULTS.md whose first column is `first`."""
-    text = (HERE / "RESULTS.md").read_text().partition(f"# {section}\n")[2].partition(f"\n| {first} |")[2]
-    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in
-                        itertools.takewhile(lambda line: "|" in line, f"{first} |{text}".splitlines())]
+    lines = (HERE / "RESULTS.md").read_text().partition(f"# {section}\n")[2].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")]
+                        for line in itertools.takewhile(lambda line: line.startswith("|"), lines[start:])]
     return [dict(zip(header, row)) for row in rows]
 
 
@@ -61,7 +62,7 @@ def draw_accuracy():
         axis.errorbar(BAGS.values(), means, spread, fmt="o-", capsize=4, color=colour, label=f"{training}: bag")
         whole = sum(float(row["all pixels"]) for row in seeds) / len(seeds)
         axis.axhline(whole, color=colour, ls="--", label=f"{training}: whole image, all pixels")
-        if training == "fixed scale":  # the untrained network is the same
+        if training == "fixed scale":  # both trainings begin from the same untrained network
             untrained = sum(float(row["untrained, 16"]) for row in seeds) / len(seeds)
             axis.plot(16, untrained, "kx", label="untrained: bag of 16")
     save(figure, "accuracy", 3)
@@ -73,7 +74,7 @@ def draw_cosine():
     name = None
     for row in table("Claim 3", "bag of"):
         name = row["bag of"] or name  # an empty cell repeats the one above
-        values, which = [float(row[size]) for size in ("1", "4", "16", "64")], list(row.values())[1]
+        values, which = [float(row[size]) for size in ("1", "4", "16", "64")], row[""]  # no heading
         axis = axes[0 if name.startswith("CIFAR") else 1]
         axis.plot(BAGS.values(), values, "x:" if "untrained" in name else "o-",
                   color="tab:purple" if "same image" in which else "tab:grey",
@@ -82,20 +83,24 @@ def draw_cosine():
 
 
 def draw_curve():
-    """curve.png: the preset cifar10-cpu with several numbers of epochs, and published figures, of RESULTS.md, too."""
+    """curve.png: the preset cifar10-cpu with several numbers of epochs, beside published figures."""
     rows = [row for row in table("The number of patches", "epochs") if row["epochs"].isdigit()]
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
     columns = {"linear probe": "bag of 16", "kNN, whitened": "on whitened h", "kNN": "kNN, bag of 16"}
     for (name, column), colour in zip(columns.items(), ("tab:blue", "tab:cyan", "tab:grey")):
         pflop = [int(row["patches"].replace(",", "")) * PFLOP_PER_PATCH for row in rows]
         axis.plot(pflop, [float(row[column]) for row in rows], "o-", color=colour, label=f"bag of 16, {name}")
-    published = table("Published figures", "on CIFAR-10")
-    for name, style in (("EMP-SSL", "s:"), ("EMP-SSL, for few epochs", "s"), ("VICReg on two crops", "^:")):
-        points = [(float(row["PFLOP"]), float(row["accuracy"])) for row in published if row["on CIFAR-10"] == name]
-        axis.plot(*zip(*points), style, color="tab:red", mfc="white" if style == "s" else None,
-                  label=f"{name}, linear probe")
+    published = [(row["on CIFAR-10"], row["PFLOP"].split(" to "), float(row["accuracy"]))
+                 for row in table("Published figures", "on CIFAR-10")]
+    for name, style in (("EMP-SSL", "s:"), ("VICReg on two crops", "^:")):
+        points = [(float(pflop[0]), top1) for its, pflop, top1 in published if its == name]
+        axis.plot(*zip(*points), style, color="tab:red", label=f"{name}, linear probe")
+    label = "EMP-SSL, for few epochs, linear probe"
+    for pflop, top1 in [(pflop, top1) for its, pflop, top1 in published if its == "EMP-SSL, for few epochs"]:
+        axis.plot([*map(float, pflop)], [top1] * len(pflop), "s-", color="tab:red", mfc="white", lw=1, label=label)
     for top1, style, label in ((79.6, "--", "k-means on patches, 2011, linear classifier"),
-                               (81.1, "-.", "sparse manifold transform, 2022, kNN")):
+                               (81.1, "-.", "sparse manifold transform, 2022, kNN"),
+                               (85.5, ":", "16,000 whitened patches, 2021, trained bottleneck")):
         axis.axhline(top1, color="tab:green", ls=style, lw=1, label=label)
     axis.set(xscale="log", ylim=(60, 95), xlabel="compute of training, PFLOP",
              ylabel="accuracy on CIFAR-10, %")
@@ -116,8 +121,8 @@ def draw_learning(path):
             axis.plot(patches, values, lw=1, alpha=0.3 if name == "probe" else 1, label=name)
         axis.set(title=title, xlabel="million patches")
         axis.grid(alpha=0.3)
-    probe = axes[1].lines[0].get_ydata()  # noisy, as it is of one batch: a running mean of 20 makes it legible
-    axes[1].plot(patches[19:], np.convolve(probe, np.ones(20) / 20, "valid"), "C0")
+    probe, width = axes[1].lines[0].get_ydata(), min(20, len(entries))  # noisy, as it is of one batch: a running mean
+    axes[1].plot(patches[width - 1:], np.convolve(probe, np.ones(width) / width, "valid"), "C0")
     axes[0].set(ylim=(0, None))
     axes[0].legend(fontsize=8)
     figure.savefig(HERE / "learning.png", dpi=110)
