@@ -1213,6 +1213,18 @@ def test_kmeans_features_are_the_distances_summed_over_quadrants():
         assert_close(its_found, expected, rtol=1e-3, atol=1e-3)
 
 
+def test_the_support_vector_machine_minimises_its_objective():
+    x, labels, cost = torch.randn(60, 5), torch.arange(60) % 3, 10.0
+    x[range(60), labels] += 1
+    weight = peers.fit_svm(x, labels, 3, cost, iterations=500, block=7).double()
+    for k in range(3):  # where the objective's gradient is zero
+        gradient = weight[:, k].clone()
+        for features, label in zip(x.double(), labels):
+            features, sign = torch.cat([features, torch.ones(1)]), 1 if label == k else -1
+            gradient -= 2 * cost / 60 * max(0, 1 - sign * (features @ weight[:, k])) * sign * features
+        assert gradient.abs().max() < 0.01  # at W = 0 it is 8
+
+
 def test_the_pictures_are_drawn_from_the_tables(monkeypatch):
     drawing, axis = Mock(), Mock()
     drawing.subplots.return_value = Mock(axes=[]), axis
