@@ -94,7 +94,7 @@ class Config:
             setattr(self, field.name, kind(value))
         low, high = self.patch_scale[0], self.patch_scale[-1]
         if not 0 < low <= high <= 1 or len(self.patch_scale) > (2 if self.patch_size else 1):
-            raise UserError("--patch-scale takes a fraction above 0, up to 1, or a low and a high one and --patch-size")
+            raise UserError("--patch-scale takes a fraction above 0, up to 1; or two, low and high, with --patch-size")
         if min(self.image_size, self.patch_size or round(low ** 0.5 * self.image_size)) < 3:
             raise UserError("patches must be 3 pixels wide: give a larger --image-size, --patch-scale or --patch-size")
         if min(self.batch_size, self.num_patches, *self.projector) < 2:
@@ -111,15 +111,15 @@ class Config:
 CIFAR = dict(batch_size=64, projector=(1024, 1024, 1024), inv_weight=10.0)
 
 PRESETS = {
-    # Two patches in different cells of a demo image have only its class, one of ten, in common. Hence a few dimensions
-    # of z are enough. The patches' projections cannot agree closely: the invariance term stays large, and cov_weight is
-    # raised to match.
+    # A demo image is 5 x 5 cells, each of a patch's size. Two patches in different cells have only the image's class,
+    # one of ten, in common. Hence a few dimensions of z are enough. The patches' projections cannot agree closely: the
+    # invariance term stays large, and cov_weight is raised to match.
     "demo": dict(data="demo", image_size=80, patch_scale=(0.04,), batch_size=64, epochs=10, projector=(512, 512, 32),
                  cov_weight=10.0),
     "cifar10-cpu": dict(CIFAR, data="cifar10", epochs=18),  # half an hour on two cores, less on fast ones
     "cifar10": dict(CIFAR, data="cifar10", epochs=110),
     "cifar100": dict(CIFAR, data="cifar100", epochs=110),
-    # The paper's patches, 32 x 32 pixels of 224 x 224, and its network. Needs --data.
+    # The paper's patches, 32 x 32 pixels of 224 x 224, and its network. Needs --data, a folder.
     "imagenet": dict(data="imagenet", arch="resnet50", image_size=224, patch_scale=(0.0204,),
                      projector=(8192, 8192, 8192), batch_size=2048, epochs=100),
 }
@@ -373,8 +373,8 @@ class Encoder(nn.Module):
 # ---- Loss ------------------------------------------------------------------------------------------------------------
 # Let p(x1, x2) be the distribution of two patches of one image, p(x) that of a single patch, and
 # r = p(x1, x2) / (p(x1) p(x2)): how much more often than by chance the two occur together. The paper's first loss, L_C,
-# fits r by w z1.z2, for some w > 0; L_S, its second, is what remains if the square is expanded (x1 and x2 are
-# independent there):
+# fits r by w z1.z2, for some w > 0. Expanding the square, whose expectation is over independent x1 and x2, gives the
+# paper's second loss, L_S:
 #     L_C = E_{p(x1) p(x2)} [(w z1.z2 - r)^2] = 2 w L_S + const
 #     L_S = w / 2 || E[z z^T] ||_F^2 - E_{p(x1, x2)} [z1.z2]
 # If each of the D dimensions of z has mean 0 and variance 1, 2 L_S is, up to a constant,
@@ -486,7 +486,7 @@ class BatchNorm(nn.BatchNorm2d):
         with torch.no_grad():
             count = WORLD_SIZE * x.numel() // x.shape[1]
             self.num_batches_tracked += 1
-            share = self.momentum or 1 / self.num_batches_tracked  # `update_bn` sets momentum to None: a plain mean
+            share = self.momentum or 1 / self.num_batches_tracked  # torch's `update_bn` sets it to None: a plain mean
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(var * count / (count - 1), share)
         # F.batch_norm passes no gradient to statistics that it is given. So it is given mean 0 and variance 1, with the
@@ -813,7 +813,7 @@ def train(config):
             # Each process has the loss of the whole batch: `gather` sums WORLD_SIZE equal gradients of it, and DDP's
             # mean over the processes divides by WORLD_SIZE.
             loss.backward()
-            check = step % 10 == 0 or step % per_epoch == 0  # not always, as it waits for the GPU, but before saving
+            check = step % 10 == 0 or step % per_epoch == 0  # for NaN; seldom, as it waits for the GPU, but before saving
             norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf, error_if_nonfinite=check)
             warmup = min(1, step / (config.warmup * steps + 1))
             lr = config.lr * warmup * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
@@ -826,7 +826,7 @@ def train(config):
                 probe_optimizer.zero_grad()
                 F.cross_entropy(scores, *classes).backward()
                 probe_optimizer.step()
-                terms["probe"] = 100 * (scores.argmax(1) == classes[0]).float().mean()  # right before this step, in %
+                terms["probe"] = 100 * (scores.argmax(1) == classes[0]).float().mean()  # % right, before this step
 
             if RANK == 0 and (step % LOG_EVERY == 0 or step == steps):
                 seconds = (time.time() - begun) / (step - start * per_epoch)  # per step
