@@ -813,7 +813,7 @@ def train(config):
             # Each process has the loss of the whole batch: `gather` sums WORLD_SIZE equal gradients of it, and DDP's
             # mean over the processes divides by WORLD_SIZE.
             loss.backward()
-            check = step % 10 == 0 or step % per_epoch == 0  # for NaN; seldom, as it waits for the GPU, but before saving
+            check = step % 10 == 0 or step % per_epoch == 0  # for NaN; seldom: it waits for the GPU; but before saving
             norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf, error_if_nonfinite=check)
             warmup = min(1, step / (config.warmup * steps + 1))
             lr = config.lr * warmup * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
