@@ -12,10 +12,8 @@ import pickle
 import re
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -301,54 +299,32 @@ def test_vicreg_loss_makes_no_square_of_the_width():
     assert 1e5 < max(event.cpu_memory_usage for event in profile.events()) < 20e6
 
 
-@pytest.fixture(scope="module")
-def small_world():
-    """12 symbols in 4 classes, and 4,001 pairs of them in which each pair occurs exactly as often as its probability
-    says: no sampling blurs what the loss finds. Returns the pairs (N, 2), their joint (12, 12), p (12,), and the
-    eigenvalues and eigenvectors (in columns) of the normalised co-occurrences, in descending order."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_vicreg_spans_the_leading_eigenvectors_of_co_occurrence(width):
+    """In a world of 12 symbols in 4 classes, whose 4,001 pairs occur exactly as often as their probability says: no
+    sampling blurs what the loss finds. The covariance weight must keep two dimensions from sharing an eigenvector; the
+    default, 1, is too small here."""
     classes = torch.rand(4, 12, dtype=torch.float64) ** 6
     classes = classes / classes.sum(1, keepdim=True)
     counts = (1000 * classes.T @ classes).round().long()
     pairs = torch.cartesian_prod(torch.arange(12), torch.arange(12)).repeat_interleave(counts.flatten(), 0)
     joint = counts / counts.sum().double()
     p = joint.sum(1)
-    values, vectors = torch.linalg.eigh(joint / (p[:, None] * p).sqrt())
-    assert values.flip(0)[[0, 3, 4]].tolist() == pytest.approx([1, 0.48, 0.01], abs=0.01)  # trivial, three, rest
-    return pairs, joint, p, values.flip(0), vectors.flip(1)
-
-
-def minimise(function, width):
+    values, vectors = torch.linalg.eigh(joint / (p[:, None] * p).sqrt())  # in ascending order
+    assert values[[-1, -4, -5]].tolist() == pytest.approx([1, 0.48, 0.01], abs=0.01)  # trivial, the last of three, rest
     z = torch.randn(12, width, dtype=torch.float64).requires_grad_()
     optimizer = torch.optim.LBFGS([z], max_iter=3000, tolerance_grad=1e-12, tolerance_change=1e-16, history_size=50,
                                   line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = function(z)
+        loss, _ = bagssl.vicreg_loss(z[pairs], cov_weight=25.0)
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return z.detach()
-
-
-@pytest.mark.parametrize("width", [1, 2, 3, 4])
-def test_the_papers_loss_finds_the_best_low_rank_co_occurrence(small_world, width):
-    """Theory, not code: at the least L_S with w = 0.7, w U U^T, U = sqrt(p) z, is the truncated eigendecomposition."""
-    _, joint, p, values, vectors = small_world
-    z = minimise(lambda z: 0.7 / 2 * (z.T @ (p[:, None] * z)).square().sum() - (joint * (z @ z.T)).sum(), width)
-    best = (vectors * values)[:, :width] @ vectors[:, :width].T
-    assert_close(0.7 * (p[:, None] * p).sqrt() * (z @ z.T), best, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("width", [1, 2, 3])
-def test_vicreg_spans_the_leading_eigenvectors_of_co_occurrence(small_world, width):
-    """The covariance weight must keep two dimensions from sharing an eigenvector; the default, 1, is too small here."""
-    pairs, _, p, _, vectors = small_world
-    z = minimise(lambda z: bagssl.vicreg_loss(z[pairs], cov_weight=25.0)[0], width)
-    found = torch.linalg.qr(p.sqrt()[:, None] * (z - p @ z)).Q
-    cosines = torch.linalg.svdvals(found.T @ vectors[:, 1:width + 1])  # 0 is the trivial one, which centring removes
+    found = torch.linalg.qr(p.sqrt()[:, None] * (z - p @ z).detach()).Q
+    cosines = torch.linalg.svdvals(found.T @ vectors[:, -1 - width:-1])  # not the trivial one: z is centred
     assert math.degrees(cosines.min().clamp(max=1).acos()) < 0.01
 
 
@@ -566,11 +542,12 @@ def tiny_run(tmp_path_factory):
     """A folder of small images, and a run of 6 epochs of 3 steps on them."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny")
-    data, out = folder / "data", folder / "run"
+    data, out = folder / "data-\u2603", folder / "run"
     write_classes(data / "train", 26)
     write_classes(data / "test", 24)
-    printed, _ = command("-c", f"import bagssl; bagssl.LOG_EVERY = 1; {TRAIN}", *TINY, "--data", data,
-                         "--cache", folder / "cache", "--out", out)
+    printed, _ = command("-c", f"import bagssl; bagssl.LOG_EVERY = 1; {TRAIN}", *TINY, "--data", data, "--cache",
+                         folder / "cache", "--out", out, launcher=["-OO"], PYTHONIOENCODING="ascii")
+    assert "data-\\u2603" in printed  # a path that cannot be printed; -OO: without docstrings
     return types.SimpleNamespace(data=data, out=out, cache=folder / "cache", checkpoint=out / "checkpoint.pt",
                                  printed=printed)
 
@@ -608,12 +585,12 @@ def epoch_of(run_seed, epoch, images, B=8, V=2):
         yield order[B * i:B * (i + 1)], torch.rand(B, V, 11, generator=generator)
 
 
-def test_training_is_this_loop(tiny_run, out, run, monkeypatch):
-    """Every number logged, and the last weights, against the method written out; the optimiser is written by hand."""
+def test_training_is_this_loop(tiny_run, tiny, out, run, monkeypatch):
+    """Every number logged, the last weights, and the statistics saved with them, against the method written out, with
+    an optimiser written by hand."""
     in_float32(monkeypatch)
-    printed = run(*TINY, "--data", tiny_run.data, "--cache", tiny_run.cache, "--out", out, "--epochs", 2, "--lr", 0.01,
-                  "--clip", 40, "--weight-decay", 0.1, "--seed", 3, "--inv-weight", 10, "--var-weight", 20,
-                  "--cov-weight", 3, "--warmup", 0.3)
+    printed = run(*tiny, "--epochs", 2, "--lr", 0.01, "--clip", 40, "--weight-decay", 0.1, "--seed", 3,
+                  "--inv-weight", 10, "--var-weight", 20, "--cov-weight", 3, "--warmup", 0.3)
     images, labels = bagssl.load_images(tiny_run.data, "train", 40, tiny_run.cache)
     torch.manual_seed(3)
     encoder = bagssl.Encoder("patchnet", 1, (16, 16, 16))
@@ -636,9 +613,17 @@ def test_training_is_this_loop(tiny_run, out, run, monkeypatch):
             [step + 1, loss.item(), norm, rate], rel=1e-2)
         assert entry["loss"] == pytest.approx(10 * entry["inv"] + 20 * entry["var"] + 3 * entry["cov"], rel=1e-4)
         assert entry["effective_rank"] == pytest.approx(bagssl.effective_rank(h), rel=0.02)
-    trained = [p for p in bagssl.load_encoder(out / "checkpoint.pt")[0].parameters() if p.requires_grad]
-    for found, p, start in zip(trained, weights, first, strict=True):
-        assert (found - p).norm() < 0.02 * (p - start).norm()
+    trained, _ = bagssl.load_encoder(out / "checkpoint.pt")
+    found = [p for p in trained.parameters() if p.requires_grad]
+    for p, expected, start in zip(found, weights, first, strict=True):
+        assert (p - expected).norm() < 0.02 * (expected - start).norm()
+    convolution, normalisation, *_ = trained.backbone.layers  # its statistics are of patches that are not augmented
+    batches = list(epoch_of(3, 0, images))
+    cuts = [bagssl.crop_patches(images[chosen], u[..., :3], 0.0625).flatten(0, 1) for chosen, u in batches]
+    maps = [convolution(trained.backbone.whiten(bagssl.normalize(cut)).relu()).detach().transpose(0, 1).flatten(1)
+            for cut in cuts]
+    assert_close(normalisation.running_mean, sum(x.mean(1) for x in maps) / len(maps), rtol=1e-3, atol=1e-3)
+    assert_close(normalisation.running_var, sum(x.var(1) for x in maps) / len(maps), rtol=1e-3, atol=1e-3)
     assert "26 images with labels from" in printed and "step 6 of 6, 0:00:00 left:  loss" in printed
     assert "python eval_linear.py --checkpoint" in printed
 
@@ -699,42 +684,28 @@ def test_two_runs_in_one_folder_lose_nothing(tiny_run, tiny, out, refused, run, 
 
 def test_a_run_goes_on_to_more_epochs(tiny_run, tiny, out, run):
     shutil.copytree(tiny_run.out, out)
-    with open(out / "log.jsonl", "a") as log:  # a note, and what a power cut leaves
-        log.write("a note\n\0\0\0")
     assert "6 of 8 epochs done" in run(*tiny, "--epochs", 8)
     assert saved(out)["epoch"] == 8 and not same_weights(out, tiny_run.out)
-    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-    assert last["lr"] == pytest.approx(1e-3 * math.cos(math.pi * 23 / 24 / 2) ** 2)  # of 24 steps, not of 18
+    assert read_log(out, "lr")[-1] == pytest.approx(1e-3 * math.cos(math.pi * 23 / 24 / 2) ** 2)  # of 24 steps, not 18
 
 
-def test_killed_three_times_a_run_ends_as_if_it_had_not_been(tiny_run, tiny, out, run, refused):
-    for epoch in (1, 3, 4):
-        process = start("bagssl.py", *tiny, "--epochs", 6)
-        while process.poll() is None and not ((out / "checkpoint.pt").exists() and saved(out)["epoch"] >= epoch):
-            time.sleep(0.01)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL and epoch <= saved(out)["epoch"] < 6
-    assert "holds a run of 6 epochs; give as many" in refused(*tiny, "--epochs", 5)  # its schedule is another
+def test_killed_three_times_a_run_ends_as_if_it_had_not_been(tiny_run, tiny, out, run, monkeypatch):
+    usual, kill_at = torch.save, [2, 4, 5]  # epochs
+
+    def save(content, path):
+        usual(content, path)
+        if kill_at and content["epoch"] == kill_at[0]:
+            os.truncate(path, 1000)  # what was written stays, as under kill -9
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", save)
+    while kill_at:
+        with pytest.raises(KeyboardInterrupt):
+            run(*tiny)
+        assert saved(out)["epoch"] == kill_at.pop(0) - 1
     run(*tiny)
     assert same_weights(out, tiny_run.out)
     assert dict(zip(read_log(out, "step"), read_log(out, "loss")))[18] == read_log(tiny_run.out, "loss")[-1]
-
-
-def test_the_saved_statistics_are_of_patches_not_augmented(tiny_run):
-    """Those of the first normalisation, against a loop over the patches of the first epoch."""
-    encoder, _ = bagssl.load_encoder(tiny_run.checkpoint)
-    images, _ = bagssl.load_images(tiny_run.data, "train", 40, tiny_run.cache)
-    convolution, normalisation, *_ = encoder.backbone.layers
-    means, variances = [], []
-    for chosen, u in epoch_of(0, 0, images):
-        patches = bagssl.normalize(bagssl.crop_patches(images[chosen], u[..., :3], 0.0625).flatten(0, 1))
-        maps = convolution(encoder.backbone.whiten(patches).relu()).detach().double().transpose(0, 1).flatten(1)
-        means.append(maps.mean(1))
-        variances.append(maps.var(1))
-    deviation = normalisation.running_var.double().sqrt()
-    assert ((normalisation.running_mean - sum(means) / 3) / deviation).abs().max() < 0.01  # bfloat16's rounding
-    assert (normalisation.running_var / (sum(variances) / 3) - 1).abs().max() < 0.01
 
 
 @pytest.mark.parametrize("bad_step", [9, 10])  # the last of an epoch, after which it would be saved; another
@@ -778,7 +749,6 @@ def test_foreign_old_malicious_and_damaged_checkpoints_are_refused(tiny_run, tin
     shutil.copytree(tiny_run.out, out)
     (out / "checkpoint.pt").write_bytes(whole[:len(whole) // 2])
     assert "damaged, or not a checkpoint of this version" in refused(*tiny)
-    assert "No such file or directory: 'none.pt'" in refused("--checkpoint", "none.pt", script=eval_linear)
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error"),
@@ -1075,7 +1045,6 @@ def test_what_is_no_published_network_is_told(tmp_path):
             ("resnet18", {"model": state, "best": np.float64(0.5)}, "plain values, a numpy"),
             ("resnet18", {"model": state, "path": Path("x")}, "plain values, a pathlib"),
             ("resnet18", b"\x10\0\0\0\0\0\0\0{\"a\": 1}       ", "is a safetensors file"),
-            ("resnet18", b"PK\3\4 cut off", "not a file saved by torch, or it is damaged"),
             ("resnet18", b"text", "not a file saved by torch, or it is damaged")):
         path = tmp_path / "published.pth"
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
@@ -1131,7 +1100,8 @@ def test_claims_are_measured(copied, tiny_run, tmp_path, run, refused):
     rows = read_log(tmp_path, "features", name="eval.jsonl")
     assert {"patch, h", "bag of 16, z", "untrained, patch, z"} <= {*rows}
     assert (tmp_path / "neighbours.png").exists()
-    assert "votes drawn in" in run("votes", *copied, "--patches", 4, script=claims)
+    run("votes", *copied, "--patches", 4, script=claims)
+    assert (tmp_path / "votes.png").exists()
     assert "only in the demo" in refused("cooccurrence", *copied, script=claims)
 
 
@@ -1151,7 +1121,6 @@ def test_locality_and_co_occurrence_tell_what_an_encoder_knows():
     assert "top" not in found["bag of 16, h"] and found["bag of 16, z"]["brightness"] > 0.9
     world = bagssl.demo_probabilities()
     gratings = bagssl.demo_images(400, 20, seed=2)[2].flatten()
-    encoder = types.SimpleNamespace(parameters=lambda: iter([torch.zeros(1)]))
 
     class Truth(Knows):  # z whose inner products are p(a, b) / (p(a) p(b)), given the gratings in order
         def forward(self, x):
@@ -1185,13 +1154,13 @@ def test_votes_add_up_and_one_patch_can_decide(monkeypatch):
     assert most.argmax(1).equal(labels) and len(least.argmax(1).unique()) == 1  # of what is left, all look alike
 
 
-def test_the_benchmark_counts_and_simulates(run, monkeypatch, capsys):
-    benchmark.time_decoding(8)
-    assert "decoding: " in capsys.readouterr().out
-    monkeypatch.setattr(benchmark.profile, "__defaults__", (1, 2))  # warm_up, rounds
-    assert "patches/s" in run("profile", *TINY, script=benchmark)
+def test_the_benchmark_counts_and_simulates(run):
+    fixed, first = 14 ** 2 * 54 * 27, 7 ** 2 * 64 * 54 * 9  # multiply-adds of a patch: whitening, first convolution
+    others = 16 * (128 * 64 * 9 + 256 * 128 * 9 + 1024 * 256) + 1024 ** 2 + 2048 * 1024 + 2 * 1024 ** 2
+    gram = 3 * 4 * 64 ** 2 * 1024  # of the loss: forward, and two products backward
+    flop = 2 * (256 * (fixed + 2 * first + 3 * others) + gram)  # the first convolution's input needs no gradient
     printed = run("flops", "--preset", "cifar10-cpu", "--epochs", 40, script=benchmark)
-    assert "7,997,440 patches, 0.79" in printed and "25.36 GFLOP a step of 256" in printed
+    assert "7,997,440 patches, 0.79" in printed and f"{flop / 1e9:.4g} GFLOP a step of 256" in printed
     printed = run("scale", "--preset", "cifar10-cpu", "--processes", 1, 2, script=benchmark)
     one, two = (line.split() for line in printed.splitlines()[-2:])
     assert one[:3] == ["1", "64", "0.0254"] and two[:3] == ["2", "32", "0.0127"] and one[4:8] == ["0.0", "(0)"] * 2
@@ -1235,26 +1204,22 @@ def test_the_pictures_are_drawn_from_the_tables(monkeypatch):
     pflop, top1 = axis.plot.call_args_list[0].args[:2]  # of the linear probe
     drawn = dict(zip(top1, pflop))
     assert [drawn[82.5], drawn[84.5]] == pytest.approx([0.36, 0.79], abs=0.005)  # README's, after 18 and 40 epochs
-    assert len(plots["table"]("Claim 1", "pretraining")) == 10 and len(plots["table"]("Claim 3", "bag of")) == 8
+    assert len(plots["table"]("Claim 1", "pretraining")) == 10
 
 
 # --------------------------------------------------- Bad input: one sentence, exit code 2, nothing overwritten
 
 
 @pytest.mark.parametrize("arguments, sentence", [
-    ("--nonsense 1", "unrecognized arguments: --nonsense"), ("--lr much", "argument --lr: invalid float value"),
-    ("--arch vit", "argument --arch: invalid choice: 'vit'"), ("--lr inf", "rates, weights and minutes"),
-    ("--preset nonsense", "argument --preset: invalid choice"),
-    ("--inv-weight nan", "rates, weights and minutes"), ("--num-patches 1", "must be 2 or more"),
+    ("--epoch 1", "unrecognized arguments: --epoch"), ("--arch vit", "argument --arch: invalid choice: 'vit'"),
+    ("--lr inf", "rates, weights and minutes"), ("--inv-weight nan", "rates, weights and minutes"),
+    ("--num-patches 1", "must be 2 or more"),
     ("--epochs 0", "--epochs must be 1 or more"), ("--image-size 81", "multiple of 5, not 81"),
     ("--projector 0", "must be 2 or more"), ("--image-size 2 --patch-size 16", "patches must be 3 pixels"),
-    ("--device mps", "--device mps is not available"),
-    ("--warmup 10", "--warmup 0 to 1"),
+    ("--device mps", "--device mps is not available"), ("--warmup 10", "--warmup 0 to 1"),
     ("--patch-scale 1.5", "--patch-scale takes a fraction"), ("--stem-stride 4", "a ResNet's own stem"),
-    ("--patch-scale 0.2 0.8", "--patch-size"),
-    ("--patch-scale 0.0005", "patches must be 3 pixels wide"),
-    ("--batch-size 3000", "1600 images are fewer than a batch"),
-    ("--data nowhere", "cannot read nowhere (No such file"), ("--preset imagenet", "cannot read imagenet (No such"),
+    ("--patch-scale 0.2 0.8", "--patch-size"), ("--patch-scale 0.0005", "patches must be 3 pixels wide"),
+    ("--batch-size 3000", "1600 images are fewer than a batch"), ("--data nowhere", "cannot read nowhere (No such"),
     ("--out " + 300 * "x", "File name too long"), ("--preset cifar10-cpu", "could not be downloaded (no network)"),
 ])
 def test_bad_arguments(arguments, sentence, offline, refused):
@@ -1271,18 +1236,10 @@ def test_a_refused_script_ends_with_code_2_and_one_sentence(tmp_path):
 @pytest.mark.parametrize("script, arguments, sentence", [
     (eval_linear, "--patches 5", "1, 4, 9"), (eval_linear, "--train-images 9", "at least 10"),
     (eval_linear, "--patch-scale 2", "--patch-scale takes a fraction"),
-    (eval_linear, "--patch-scale 0.002", "patches must be 3 pixels wide"),
     (claims, "locality --test-images 12", "12 images are too few"), (claims, "parts --test-images 1", "--test-images"),
 ])
 def test_bad_arguments_of_an_evaluation(copied, refused, script, arguments, sentence):
     assert sentence in refused(*arguments.split(), *copied, script=script)
-
-
-def test_it_runs_without_docstrings_and_where_paths_cannot_be_printed(tmp_path):
-    write_classes(tmp_path / "photos-\u2603", 8)
-    out, _ = command("bagssl.py", *TINY, "--epochs", 1, "--data", tmp_path / "photos-\u2603", "--cache", tmp_path,
-                     "--out", tmp_path / "run", launcher=["-OO"], PYTHONIOENCODING="ascii")
-    assert "photos-\\u2603" in out and (tmp_path / "run/checkpoint.pt").exists()
 
 
 # -------------------------------------------------------------------------------------------------- README and help
@@ -1306,7 +1263,7 @@ def test_links_lead_to_the_code(page):
         assert re.match(rf"(def|class) {name}\b", code), f"{name} is not at {file}:{line}, which says: {code}"
 
 
-def test_pieces_can_be_pasted_with_what_the_readme_says_they_need(tiny_run):
+def test_pieces_can_be_pasted_with_what_the_readme_says_they_need(tiny_run, offline):
     """And its example runs."""
     _, *parts = re.split(r"^# ---- (.+?) -+\n", Path(bagssl.__file__).read_text(), flags=re.M)
     sections, images, u = dict(zip(parts[::2], parts[1::2])), noise(2, 3, 8, 8), torch.rand(2, 3, 11)

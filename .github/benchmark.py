@@ -3,7 +3,6 @@
 
     python .github/benchmark.py ratios                         # each fast piece against the plain way
     python .github/benchmark.py profile --preset cifar10-cpu   # a training step, operation by operation
-    torchrun --standalone --nproc_per_node=2 .github/benchmark.py profile --preset cifar10-cpu
     python .github/benchmark.py flops --preset cifar10-cpu     # the operations of a run, counted
     python .github/benchmark.py scale --preset imagenet --processes 1 8 64 512   # a step on many GPUs, simulated
 
@@ -14,16 +13,15 @@ a shape and no content, so they need no GPU.
 
 import argparse
 import contextlib
-import math
-import multiprocessing
+import functools
 import os
-import re
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -39,7 +37,6 @@ from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bagssl
-import eval_linear
 
 CPU = torch.device("cpu")
 
@@ -52,17 +49,6 @@ def timed(name, times, device=CPU):
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     times[name].append(time.perf_counter() - begun)
-
-
-def peak_memory(device):
-    """The most memory used so far, in GB: allocated on the GPU, or else held by this process; nan if not known.
-
-    A process's memory is read from Linux's /proc, since getrusage may count the parent process too.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status")
-    return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024 / 1e9 if status.exists() else math.nan
 
 
 # --------------------------------------------------------------------------------------------------
@@ -89,25 +75,20 @@ def train_step(x, model, optimizer, config):
 def profile(flags, warm_up=5, rounds=20):
     """Print the median time of a step, its rate beside that of a large matrix product, and its operations."""
     config = bagssl.parse_config(flags)
-    device, b = bagssl.start_process(config.device), config.batch_size // bagssl.WORLD_SIZE
-    images = torch.randint(256, (b, 3, config.image_size, config.image_size), dtype=torch.uint8, device=device)
-    u, times = torch.rand(b, config.num_patches, 11, device=device), defaultdict(list)
+    device, B, S = bagssl.start_process(config.device), config.batch_size, config.image_size
+    images = torch.randint(256, (B, 3, S, S), dtype=torch.uint8, device=device)
+    u, times = torch.rand(B, config.num_patches, 11, device=device), defaultdict(list)
     encoder, views = bagssl.Encoder(config.arch, config.stem_stride, config.projector), bagssl.training_views
     model = encoder.to(device, memory_format=torch.channels_last)
     optimizer = make_optimizer(encoder, config)
-    if bagssl.WORLD_SIZE > 1:
-        model = nn.parallel.DistributedDataParallel(encoder)
-        model.broadcast_buffers = False
     if config.compile:
         model, views = torch.compile(model), torch.compile(views)
     for _ in range(warm_up + rounds):
         with timed("step", times, device):
             train_step(views(images, u, config), model, optimizer, config)
-    memory = peak_memory(device)
     with torch.profiler.profile() as operations:
         for _ in range(rounds):
             train_step(views(images, u, config), model, optimizer, config)
-    flop = 1e12 * count_step(config, bagssl.WORLD_SIZE)[0]
 
     with bagssl.autocast(device):
         dtype = (torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)).dtype
@@ -116,15 +97,13 @@ def profile(flags, warm_up=5, rounds=20):
     for _ in range(10):
         with timed("product", times, device):
             square @ square
-    if bagssl.RANK == 0:
-        seconds = float(np.median(times["step"][warm_up:]))
-        rate, limit = flop / seconds / 1e9, 2 * side ** 3 / min(times["product"]) / 1e9
-        by = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
-        print(operations.key_averages().table(by, row_limit=16, max_name_column_width=60))
-        print(f"step {1e3 * seconds:.1f} ms, {config.batch_size * config.num_patches / seconds:,.0f} patches/s; "
-              f"{flop / 1e9:,.1f} GFLOP per process, {rate:,.0f} GFLOP/s: {rate / limit:.0%} of the {limit:,.0f} of a "
-              f"large {str(dtype)[6:]} matrix product; peak memory {memory:.1f} GB per process; "
-              f"{torch.get_num_threads()} threads; torch {torch.__version__}")
+    seconds, flop = float(np.median(times["step"][warm_up:])), 1e12 * count_step(config, 1)[0]
+    rate, limit = flop / seconds / 1e9, 2 * side ** 3 / min(times["product"]) / 1e9
+    by = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    print(operations.key_averages().table(by, row_limit=16, max_name_column_width=60))
+    print(f"step {1e3 * seconds:.1f} ms, {B * config.num_patches / seconds:,.0f} patches/s; {flop / 1e9:,.1f} GFLOP, "
+          f"{rate:,.0f} GFLOP/s: {rate / limit:.0%} of the {limit:,.0f} of a large {str(dtype)[6:]} matrix product; "
+          f"{torch.get_num_threads()} threads; torch {torch.__version__}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -151,62 +130,47 @@ class Communication(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def count_step(config, processes, bucket=25 * 2 ** 20):
+def count_step(config, processes):
     """TFLOP, peak GB, and [calls, bytes] of each kind of communication of one process in a step of `processes`.
 
     The network is in bfloat16, as on a GPU. DistributedDataParallel cannot be simulated: its sum of the gradients is
     done here by hand.
     """
-    before, began = bagssl.WORLD_SIZE, processes > 1 and not dist.is_initialized()
-    bagssl.WORLD_SIZE = processes
-    if began:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
-    try:
-        with FakeTensorMode():
-            return count_fake_step(config, processes, bucket)
-    finally:
-        bagssl.WORLD_SIZE = before
-        if began:
-            dist.destroy_process_group()
-
-
-def count_fake_step(config, processes, bucket):
-    """What `count_step` returns, inside a FakeTensorMode and a group of processes."""
     b, S = config.batch_size // processes, config.image_size
-    encoder = bagssl.Encoder(config.arch, config.stem_stride, config.projector)
-    if config.arch == "patchnet":  # MemTracker takes no fixed parameter
-        whiten = encoder.backbone.whiten.weight.detach()
-        del encoder.backbone.whiten.weight
-        encoder.backbone.whiten.weight = whiten
-    optimizer, memory = make_optimizer(encoder, config), MemTracker()
-    images = torch.zeros(b, 3, S, S, dtype=torch.uint8)
-    weights = list(encoder.parameters())
-    gradients = torch.zeros(sum(p.numel() for p in weights))
-    for p, its_part in zip(weights, gradients.split([p.numel() for p in weights])):
-        p.grad = its_part.view_as(p)
-    memory.track_external(encoder, optimizer, images)
-    with memory, Communication() as communication, FlopCounterMode(display=False) as flops:
-        x = bagssl.training_views(images, torch.rand(b, config.num_patches, 11), config)
-        with torch.autocast("cpu", torch.bfloat16):
-            _, z = encoder(x)
-        z = bagssl.gather(z.unflatten(0, (-1, config.num_patches)))
-        loss, _ = bagssl.vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight)
-        loss.backward()
-        if processes > 1:
-            for part in gradients.split(bucket // gradients.itemsize):
-                dist.all_reduce(part)
-        optimizer.step()
-    peak = memory.get_tracker_snapshot("peak")[CPU]["Total"]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    with mock.patch.object(bagssl, "WORLD_SIZE", processes), FakeTensorMode():
+        encoder = bagssl.Encoder(config.arch, config.stem_stride, config.projector)
+        if config.arch == "patchnet":  # MemTracker takes no fixed parameter
+            whiten = encoder.backbone.whiten.weight.detach()
+            del encoder.backbone.whiten.weight
+            encoder.backbone.whiten.weight = whiten
+        optimizer, memory = make_optimizer(encoder, config), MemTracker()
+        images = torch.zeros(b, 3, S, S, dtype=torch.uint8)
+        weights = list(encoder.parameters())
+        gradients = torch.zeros(sum(p.numel() for p in weights))
+        for p, its_part in zip(weights, gradients.split([p.numel() for p in weights])):
+            p.grad = its_part.view_as(p)
+        memory.track_external(encoder, optimizer, images)
+        with memory, Communication() as communication, FlopCounterMode(display=False) as flops:
+            x = bagssl.training_views(images, torch.rand(b, config.num_patches, 11), config)
+            with torch.autocast("cpu", torch.bfloat16):
+                _, z = encoder(x)
+            z = bagssl.gather(z.unflatten(0, (-1, config.num_patches)))
+            loss, _ = bagssl.vicreg_loss(z, config.inv_weight, config.var_weight, config.cov_weight)
+            loss.backward()
+            if processes > 1:
+                for part in gradients.split(25 * 2 ** 20 // gradients.itemsize):  # DistributedDataParallel's buckets
+                    dist.all_reduce(part)
+            optimizer.step()
+        peak = memory.get_tracker_snapshot("peak")[CPU]["Total"]
+    dist.destroy_process_group()
     return flops.get_total_flops() / 1e12, peak / 1e9, communication.counts
 
 
 def count_run(flags):
     """Print the operations of a step and of a run, a multiply-add as two, elementwise operations not counted."""
-    parser = argparse.ArgumentParser(prog="benchmark.py flops", description=count_run.__doc__, allow_abbrev=False)
-    parser.add_argument("--images", type=int, help="in the training set; default: as the preset's data set has")
-    ours, flags = parser.parse_known_args(flags)
     config = bagssl.parse_config(flags)
-    images = ours.images or {"demo": 1_600, "imagenet": 1_281_167}.get(config.preset, 50_000)
+    images = {"demo": 1_600, "imagenet": 1_281_167}.get(config.preset, 50_000)
     steps, tflop = config.epochs * (images // config.batch_size), count_step(config, 1)[0]
     patches = config.batch_size * config.num_patches
     print(f"{1e3 * tflop:,.4g} GFLOP a step of {patches:,} patches; {steps:,} steps of {config.epochs} epochs, "
@@ -252,28 +216,10 @@ def compare(what, rounds, sides, patches=None):
         f"; {name} {figures[name]}, {medians[first] / medians[name]:.3g} times as fast" for name in others), flush=True)
 
 
-class PerImage(torch.utils.data.Dataset):
+def per_image(transform, images):
     """The input pipeline of EMP-SSL, lightly and solo-learn: PIL and torchvision's transforms, one patch at a time."""
-
-    def __init__(self, images, crop):
-        self.images = [transforms.functional.to_pil_image(image) for image in images]
-        self.transform = transforms.Compose([
-            crop, transforms.RandomHorizontalFlip(),
-            transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-            transforms.RandomGrayscale(p=0.2), transforms.RandomSolarize(128, p=0.1), transforms.ToTensor(),
-            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return torch.stack([self.transform(self.images[index]) for _ in range(CONFIG.num_patches)])
-
-
-def loader(images, crop):
-    """Batches from as many worker processes as there are cores, which stay between the rounds."""
-    return torch.utils.data.DataLoader(PerImage(images, crop), CONFIG.batch_size, shuffle=True,
-                                       num_workers=os.cpu_count(), persistent_workers=True)
+    images = [transforms.functional.to_pil_image(image) for image in images]
+    return torch.stack([torch.stack([transform(image) for _ in range(CONFIG.num_patches)]) for image in images])
 
 
 def inputs(images, views=bagssl.training_views):
@@ -283,7 +229,14 @@ def inputs(images, views=bagssl.training_views):
 
 
 def compare_input(images):
-    batches, compiled = loader(images, transforms.RandomCrop(16)), torch.compile(bagssl.training_views)
+    transform = transforms.Compose([
+        transforms.RandomCrop(16), transforms.RandomHorizontalFlip(),
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
+        transforms.RandomGrayscale(p=0.2), transforms.RandomSolarize(128, p=0.1), transforms.ToTensor(),
+        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    batches = torch.utils.data.DataLoader(images, CONFIG.batch_size, shuffle=True, num_workers=os.cpu_count(),
+                                          persistent_workers=True, collate_fn=functools.partial(per_image, transform))
+    compiled = torch.compile(bagssl.training_views)
     compare("crop + augment", 5, {"per image with PIL": lambda: list(batches), "batched": lambda: list(inputs(images)),
                                   "compiled": lambda: list(inputs(images, compiled))}, len(images) * CONFIG.num_patches)
 
@@ -308,14 +261,6 @@ def loss_and_gradient(loss, B, D):
     loss(z).backward()
 
 
-def memory_of(loss, B, D):
-    """The memory that the loss and its gradient add to this process, in MB."""
-    loss_and_gradient(loss, 8, 8)
-    before = peak_memory(CPU)
-    loss_and_gradient(loss, B, D)
-    return 1e3 * (peak_memory(CPU) - before)
-
-
 def compare_losses():
     z = torch.randn(64, 2, 100, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(our_loss(z), square_loss(z))  # one loss, in two ways
@@ -323,30 +268,6 @@ def compare_losses():
         compare(f"loss and gradient, V = 2, B = {B}, D = {D}", 5,
                 {"by D x D": lambda: loss_and_gradient(square_loss, B, D),
                  "ours": lambda: loss_and_gradient(our_loss, B, D)})
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a new process for each
-        square, ours = (pool.apply(memory_of, (loss, 256, 8192)) for loss in (square_loss, our_loss))
-    print(f"memory of the loss, V = 2, B = 256, D = 8192: by D x D {square:.0f} MB; ours {ours:.0f} MB", flush=True)
-
-
-def compare_training(images):
-    plain, resnet, patchnet = (bagssl.Encoder(arch, 1, CONFIG.projector)
-                               for arch in ("resnet18", "resnet18", "patchnet"))
-    batches = loader(images, transforms.RandomResizedCrop(32, scale=(0.25, 0.25), ratio=(1, 1)))
-    float32 = torch.autocast("cpu", enabled=False)(plain)  # else in bfloat16 on CPUs that have it
-
-    def train(model, encoder, inputs):
-        optimizer = make_optimizer(encoder, CONFIG)
-        for x in inputs:
-            train_step(x, model, optimizer, CONFIG)
-
-    for encoder in (resnet, patchnet):
-        encoder.to(memory_format=torch.channels_last)
-    compare("training step, gradients clipped", 2,
-            {"ResNet-18, patches by PIL upsampled to 32 x 32, float32, contiguous":
-                 lambda: train(float32, plain, (batch.flatten(0, 1) for batch in batches)),
-             "ResNet-18 in our pipeline": lambda: train(resnet, resnet, inputs(images)),
-             "PatchNet in our pipeline": lambda: train(patchnet, patchnet, inputs(images))},
-            len(images) * CONFIG.num_patches)
 
 
 def compare_pooling():
@@ -357,15 +278,6 @@ def compare_pooling():
              "sum / 16, ours": lambda x: x.sum((2, 3)) / 16}
     compare("ReLU, mean over 256 x 1024 maps of 4 x 4, and gradient, bfloat16", 9, {
         name: lambda pool=pool: torch.autograd.grad(pool(maps.relu()), maps, gradient) for name, pool in sides.items()})
-
-
-def time_probe():
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(10, (60_000,), generator=generator)
-    features = torch.randn(10, 512, generator=generator)[labels] * 0.15 + torch.randn(60_000, 512, generator=generator)
-    features = features @ torch.randn(512, 512, generator=generator) * torch.logspace(0, -2, 512)
-    compare("linear probe, 60,000 x 512", 1, {
-        "all decays": lambda: eval_linear.linear_probe(features, labels, features[:1000], labels[:1000])})
 
 
 def time_decoding(count=512):
@@ -393,8 +305,6 @@ def ratios():
     compare_input(noise)
     compare_losses()
     compare_pooling()
-    compare_training(noise[:128])
-    time_probe()
     time_decoding()
 
 

@@ -16,6 +16,7 @@ linear support vector machine; its cost is chosen on held-out training images.
 """
 
 import argparse
+import functools
 import math
 import sys
 import time
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import torchvision
+from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import bagssl
@@ -32,27 +33,14 @@ import eval_linear
 CPU = torch.device("cpu")
 
 
-def show(name, begun, learned, row):
-    columns = [f"{key} {row[key]:.2f} %" for key in ("top1", "knn") if key in row]
-    print(f"{name}: learned in {(learned - begun) / 60:.1f} min, probed in {(time.time() - learned) / 60:.1f} min; "
-          + ", ".join(columns), flush=True)
-
-
 # --------------------------------------------------------------------------------------------------
 # Whole images, with lightly
 
 
-class Views(torch.utils.data.Dataset):
-    """Two crops (2, 3, 32, 32) of each image."""
-
-    def __init__(self, images, transform):
-        self.images, self.transform = images, transform
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return torch.stack(self.transform(torchvision.transforms.functional.to_pil_image(self.images[index])))
+def crops(transform, images):
+    """Two crops of each image of a batch (B, 3, H, W): (2 B, 3, 32, 32), all first ones, then all second ones."""
+    first, second = zip(*(transform(to_pil_image(image)) for image in images))
+    return torch.stack([*first, *second])
 
 
 def whole_images(arguments, train, labels, test, test_labels):
@@ -63,10 +51,9 @@ def whole_images(arguments, train, labels, test, test_labels):
     from lightly.transforms import VICRegTransform
     from lightly.utils.lars import LARS
 
-    B = arguments.batch_size
-    if len(train) < B:
-        raise bagssl.UserError(f"{len(train)} images are fewer than a batch of {B}")
-    pairs = Views(train, VICRegTransform(input_size=32, min_scale=0.2, gaussian_blur=0.0))
+    B, transform = 128, VICRegTransform(input_size=32, min_scale=0.2, gaussian_blur=0.0)
+    batches = torch.utils.data.DataLoader(train, B, shuffle=True, drop_last=True, num_workers=2,
+                                          collate_fn=functools.partial(crops, transform))
     torch.manual_seed(0)
     backbone = bagssl.make_backbone("resnet18", 1).to(memory_format=torch.channels_last)  # a stem for 32 x 32 pixels
     head, criterion = BarlowTwinsProjectionHead(512, 2048, 2048), VICRegLoss()  # the two methods' heads are the same
@@ -76,12 +63,11 @@ def whole_images(arguments, train, labels, test, test_labels):
     optimizer = LARS(groups, lr=peak, momentum=0.9, trust_coefficient=0.02)
     begun, steps, done = time.time(), 0, 0.0
     while done < 1:
-        for views in torch.utils.data.DataLoader(pairs, B, shuffle=True, drop_last=True, num_workers=2):
+        for x in batches:
             for group in optimizer.param_groups:
                 group["lr"] = peak * min(1, done / 0.1 + 1e-3) * (1 + math.cos(math.pi * done)) / 2
-            x = views.transpose(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)  # (2 B, 3, 32, 32)
             with bagssl.autocast(CPU):
-                z = head(backbone(x))
+                z = head(backbone(x.contiguous(memory_format=torch.channels_last)))
             loss = criterion(*z.float().chunk(2))
             optimizer.zero_grad()
             loss.backward()
@@ -94,12 +80,11 @@ def whole_images(arguments, train, labels, test, test_labels):
     with bagssl.autocast(CPU):
         torch.optim.swa_utils.update_bn(map(bagssl.normalize, train[torch.randperm(len(train))[:6_400]].split(64)),
                                         backbone)
-    learned = time.time()
     whole = bagssl.BagOfPatches(backbone.eval(), 1, 1.0)  # one patch, the whole image
     features = [eval_linear.embed(whole, images, CPU) for images in (train, test)]
     row = eval_linear.linear_probe(features[0], labels, features[1], test_labels)
     row["knn"] = eval_linear.knn_probe(features[0], labels, features[1], test_labels)
-    show(f"lightly, {2 * B * steps:,} crops", begun, learned, row)
+    print(f"lightly, {2 * B * steps:,} crops: top1 {row['top1']:.2f} %, knn {row['knn']:.2f} %")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -171,8 +156,7 @@ def kmeans(arguments, train, labels, test, test_labels):
     centres = torch.from_numpy(clusters.cluster_centers_).float()
     print(f"{arguments.centres} centres after {(time.time() - begun) / 60:.1f} min", flush=True)
     x, test_x = (triangle_features(images, whitening, mean, centres) for images in (train, test))
-    learned = time.time()
-    print(f"features of {x.shape[1]} dimensions after {(learned - begun) / 60:.1f} min", flush=True)
+    print(f"features of {x.shape[1]} dimensions after {(time.time() - begun) / 60:.1f} min", flush=True)
     mean, std = x.mean(0), (x.var(0) + 0.01).sqrt()
     for features in (x, test_x):
         features.sub_(mean).div_(std)
@@ -185,21 +169,17 @@ def kmeans(arguments, train, labels, test, test_labels):
     best = max(accuracy, key=accuracy.get)
     weight = fit_svm(x, labels, 10, best)
     top1 = eval_linear.top_k(test_x @ weight[:-1] + weight[-1], test_labels, 1)
-    show(f"kmeans, {arguments.centres} centres, cost {best}", begun, learned, {"top1": top1})
+    print(f"kmeans, {arguments.centres} centres, cost {best}: top1 {top1:.2f} %")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("method", choices=["lightly", "kmeans"])
     parser.add_argument("--minutes", type=float, default=30, help="training time (lightly)")
-    parser.add_argument("--batch-size", type=int, default=128, help="images per step (lightly)")
     parser.add_argument("--centres", type=int, default=4000, help="number of centres (k-means)")
     parser.add_argument("--data", default="cifar10", help="cifar10, or a folder with its images")
-    parser.add_argument("--images", type=int, help="for a trial: only so many training and test images")
     arguments = parser.parse_args()
-    config = bagssl.Config(data=arguments.data)
-    arguments.train_images = arguments.test_images = arguments.images  # as `load_split` calls them
-    sets = [part for split in ("train", "test") for part in eval_linear.load_split(config, arguments, split)]
+    sets = [part for split in ("train", "test") for part in bagssl.load_images(arguments.data, split)]
     {"lightly": whole_images, "kmeans": kmeans}[arguments.method](arguments, *sets)
 
 

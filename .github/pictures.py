@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draw the README's pictures, beside this file: python .github/pictures.py data/imagenette data/cifar10"""
+"""Draw the README's pictures, beside this file: python .github/pictures.py data/imagenette"""
 
 import sys
 from pathlib import Path
@@ -129,27 +129,12 @@ def draw_method(image, scale=0.0625):
     canvas.sheet.save(HERE / "method.png")
 
 
-def bag(name, image, scale, seed):
-    """An image, float (3, H, H) in [0, 1], its 4 x 4 grid of patches, and 16 augmented ones, labelled, for `draw`."""
-    u = torch.rand(1, 16, 11, generator=torch.Generator().manual_seed(seed))
-    views = bagssl.augment(bagssl.crop_patches(image[None], u[..., :3], scale), u[..., 3:])[0]
-    patches = bagssl.grid_patches(image[None], 4, scale)[0]
-    parts = {name: image, "its bag of 16 patches": make_grid(patches, 4, 2, pad_value=1),
-             "16 training patches": make_grid(views, 4, 2, pad_value=1)}
-    return [*parts.items()]
-
-
 def main():
-    if len(sys.argv) != 3:
-        raise bagssl.UserError("give two folders of images, Imagenette's and CIFAR-10's")
+    if len(sys.argv) != 2:
+        raise bagssl.UserError("give a folder of images, Imagenette's")
+    images, _ = bagssl.load_images(sys.argv[1], "train", 128)
+    draw_method(images[5000] / 255)  # an image with an object before a ground
     demo, labels, _ = bagssl.demo_images(200, 80, seed=0)
-    rows = [bag("an image of the demo", demo[0] / 255, 0.04, seed=0)]
-    names = "an image of Imagenette", "an image of CIFAR-10"
-    for name, folder, size, scale, index in zip(names, sys.argv[1:], (128, 32), (0.0625, 0.25), (5000, 41000)):
-        images, _ = bagssl.load_images(folder, "train", size)  # the two chosen ones show an object and a ground
-        rows.append(bag(name, images[index] / 255, scale, seed=1))
-    draw_method(bagssl.load_images(sys.argv[1], "train", 128)[0][5000] / 255)
-    draw(HERE / "bag.png", rows, height=256)
     chosen = torch.cat([demo[labels == label][:2] for label in range(10)])
     save_image(chosen / 255, HERE / "demo.png", nrow=10, padding=4, pad_value=1)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draw accuracy.png, cosine.png and curve.png, beside this file, from the tables of RESULTS.md; needs matplotlib.
+"""Draw accuracy.png and curve.png, beside this file, from the tables of RESULTS.md; needs matplotlib.
 
     python .github/plots.py
     python .github/plots.py runs/cifar10-cpu/log.jsonl    # and learning.png, from the log of a run
@@ -36,21 +36,15 @@ def save(figure, name, columns=2):
     figure.savefig(HERE / f"{name}.png", dpi=110)
 
 
-def panels(ylabel):
-    """A figure with a panel for each data set, on equal axes: the value against the size of the bag."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, name in zip(axes, ("CIFAR-10", "Imagenette")):
-        axis.set(title=name, xlabel="patches in the bag", xscale="log", xticks=[*BAGS.values()],
-                 xticklabels=[*BAGS.values()])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel(ylabel)
-    return figure, axes
-
-
 def draw_accuracy():
     """accuracy.png: claim 1. Bars span the seeds."""
-    figure, axes = panels("accuracy of a linear probe, %")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    axes[0].set(title="CIFAR-10", ylabel="accuracy of a linear probe, %")
+    axes[1].set(title="Imagenette")
+    for axis in axes:
+        axis.set(xlabel="patches in the bag", xscale="log", xticks=[*BAGS.values()], xticklabels=[*BAGS.values()])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
     rows = {row["pretraining"]: row for row in table("Claim 1", "pretraining")}
     for axis, (training, colour) in itertools.product(axes, COLOURS.items()):
         name = f"{axis.get_title()}, {training}"
@@ -66,20 +60,6 @@ def draw_accuracy():
             untrained = sum(float(row["untrained, 16"]) for row in seeds) / len(seeds)
             axis.plot(16, untrained, "kx", label="untrained: bag of 16")
     save(figure, "accuracy", 3)
-
-
-def draw_cosine():
-    """cosine.png: claim 3, of the multi-scale networks."""
-    figure, axes = panels("cosine to the whole image's embedding")
-    name = None
-    for row in table("Claim 3", "bag of"):
-        name = row["bag of"] or name  # an empty cell repeats the one above
-        values, which = [float(row[size]) for size in ("1", "4", "16", "64")], row[""]  # no heading
-        axis = axes[0 if name.startswith("CIFAR") else 1]
-        axis.plot(BAGS.values(), values, "x:" if "untrained" in name else "o-",
-                  color="tab:purple" if "same image" in which else "tab:grey",
-                  label=f"{'untrained' if 'untrained' in name else 'trained'}: {which}")
-    save(figure, "cosine")
 
 
 def draw_curve():
@@ -130,7 +110,6 @@ def draw_learning(path):
 
 if __name__ == "__main__":
     draw_accuracy()
-    draw_cosine()
     draw_curve()
     for path in sys.argv[1:]:
         draw_learning(path)
