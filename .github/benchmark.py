@@ -291,7 +291,7 @@ def time_decoding(count=512):
             transforms.functional.to_pil_image(image).save(folder / name, quality=90)
         size = np.mean([(folder / name).stat().st_size for name in names])
         begun = time.perf_counter()
-        bagssl.decode_folder(folder, names, 224, folder / "cache")
+        bagssl.decode_folder(folder, [folder / name for name in names], 224, folder / "cache")
         rate = count / (time.perf_counter() - begun) / os.cpu_count()
     print(f"decoding: {rate:,.0f} JPEGs of 500 x 375 pixels, {size / 1e3:.0f} KB, per second and core; ImageNet's "
           f"1,281,167 would take 16 such cores {timedelta(seconds=round(1_281_167 / rate / 16))}", flush=True)
