@@ -16,10 +16,8 @@ import contextlib
 import functools
 import os
 import sys
-import tempfile
 import time
 from collections import defaultdict
-from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -264,48 +262,17 @@ def loss_and_gradient(loss, B, D):
 def compare_losses():
     z = torch.randn(64, 2, 100, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(our_loss(z), square_loss(z))  # one loss, in two ways
-    for B, D in ((256, 8192), (64, 1024), (256, 2048), (1024, 1024), (2048, 512), (4096, 64)):
+    for B, D in ((64, 1024), (256, 2048), (256, 8192), (1024, 1024), (2048, 512)):
         compare(f"loss and gradient, V = 2, B = {B}, D = {D}", 5,
                 {"by D x D": lambda: loss_and_gradient(square_loss, B, D),
                  "ours": lambda: loss_and_gradient(our_loss, B, D)})
 
 
-def compare_pooling():
-    maps = torch.randn(256, 1024, 4, 4, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
-    gradient = torch.randn(256, 1024, dtype=torch.bfloat16)
-    maps.requires_grad_()
-    sides = {"mean": lambda x: x.mean((2, 3)), "avg_pool2d": lambda x: nn.functional.avg_pool2d(x, 4).flatten(1),
-             "sum / 16, ours": lambda x: x.sum((2, 3)) / 16}
-    compare("ReLU, mean over 256 x 1024 maps of 4 x 4, and gradient, bfloat16", 9, {
-        name: lambda pool=pool: torch.autograd.grad(pool(maps.relu()), maps, gradient) for name, pool in sides.items()})
-
-
-def time_decoding(count=512):
-    """Decode as training on ImageNet does at its first start, from JPEG files of its commonest size."""
-    coarse = torch.rand(count, 3, 47, 63, generator=torch.Generator().manual_seed(0))
-    with tempfile.TemporaryDirectory() as folder:
-        folder, names = Path(folder), [f"{i}.jpg" for i in range(count)]
-        for name, image in zip(names, coarse):
-            image = nn.functional.interpolate(image[None], (375, 500), mode="bicubic")[0]
-            image = (image + 0.055 * torch.randn(image.shape)).clamp(0, 1)  # grain, so that a file has about 110 KB
-            transforms.functional.to_pil_image(image).save(folder / name, quality=90)
-        size = np.mean([(folder / name).stat().st_size for name in names])
-        begun = time.perf_counter()
-        bagssl.decode_folder(folder, [folder / name for name in names], 224, folder / "cache")
-        rate = count / (time.perf_counter() - begun) / os.cpu_count()
-    print(f"decoding: {rate:,.0f} JPEGs of 500 x 375 pixels, {size / 1e3:.0f} KB, per second and core; ImageNet's "
-          f"1,281,167 would take 16 such cores {timedelta(seconds=round(1_281_167 / rate / 16))}", flush=True)
-
-
 def ratios():
     """Print all comparisons. In each the candidates take turns, so that all see the same machine."""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, "
-          f"{'bfloat16' if bagssl.autocast(CPU)._enabled else 'float32'}", flush=True)
-    noise = torch.randint(256, (1024, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    compare_input(noise)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    compare_input(torch.randint(256, (1024, 3, 32, 32), dtype=torch.uint8))
     compare_losses()
-    compare_pooling()
-    time_decoding()
 
 
 def main():
