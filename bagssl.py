@@ -14,7 +14,8 @@ Learning" (TMLR 2023, arXiv:2206.08954).
    dimension of z varying over the batch (variance), and decorrelates the dimensions (covariance).
 4. Throw the projector away. An image is represented by the mean of its patches' embeddings h.
 
-The first sections follow these steps. Processes and images come next, and last the training loop, where all meet.
+After the settings, the sections follow these steps; then come processes and images, and last the training loop, where
+all of them meet.
 
     python bagssl.py                                     # generated images; needs no data and no GPU
     python bagssl.py --preset cifar10-cpu                # CIFAR-10 on a CPU
@@ -48,9 +49,10 @@ from torch import nn
 
 # ---- Config ----------------------------------------------------------------------------------------------------------
 # Every field is a command-line flag, and its comment is the flag's help. A preset overrides the defaults, and a flag
-# overrides the preset: parse_config(["--preset", "cifar10", "--lr", "0.2"]) does so from Python too.
+# overrides the preset: parse_config(["--preset", "cifar10", "--lr", "0.2"]) does so from Python too. Config() itself
+# applies no preset.
 
-DEVICE = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")  # the best there is
+DEVICE = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")  # or an accelerator
 
 
 class UserError(Exception):
@@ -64,7 +66,7 @@ class Config:
     cache: str = "data"  # folder for downloads and decoded images, shared by all runs
     out: str = "runs/demo"  # folder of the run, by default runs/PRESET; an interrupted run there is continued
     arch: str = "patchnet"  # patchnet, made for small patches; resnet18, resnet34, resnet50, as in published work
-    stem_stride: int = 1  # stride of the first layer, 1 or 2; 4: a ResNet's own stem, 7x7 convolution and max-pooling
+    stem_stride: int = 1  # stride of the first layer, 1, 2 or 4; with 4, a ResNet has its own 7x7 stem and max-pooling
     projector: tuple = (2048, 2048, 2048)  # widths of the projector's layers
     image_size: int = 32  # images are cropped to their middle square and resized to this side
     patch_scale: tuple = (0.25,)  # a patch's fraction of the image's area; two values: a range (multi-scale crops)
@@ -82,7 +84,7 @@ class Config:
     seed: int = 0  # random seed of the initial weights, the order of the images, and the patches
     device: str = DEVICE  # cuda, mps or cpu
     compile: bool = DEVICE == "cuda"  # compile network and augmentation: a minute to start, a C++ compiler needed
-    save_every: float = 1.0  # minutes since the last checkpoint before the next is saved, at the end of an epoch
+    save_every: float = 1.0  # least minutes between checkpoints, which are saved at the end of an epoch
 
     def __post_init__(self):
         """Refuse settings that cannot work."""
@@ -91,7 +93,8 @@ class Config:
         if not 0 < low <= high <= 1 or len(self.patch_scale) > (2 if self.patch_size else 1):
             raise UserError("--patch-scale takes a fraction above 0, up to 1; or two, low and high, with --patch-size")
         if min(self.image_size, self.patch_size or patch_side(self.image_size, self.image_size, low)) < 3:
-            raise UserError("patches must be 3 pixels wide: give a larger --image-size, --patch-scale or --patch-size")
+            raise UserError("patches must be at least 3 pixels wide: give a larger --image-size, --patch-scale or "
+                            "--patch-size")
         if min(self.batch_size, self.num_patches, *self.projector) < 2:
             raise UserError("--batch-size, --num-patches and each width of --projector must be 2 or more")
         numbers = [value for value in vars(self).values() if isinstance(value, float)]
@@ -129,10 +132,11 @@ def parse_config(argv=None):
         options = dict(type=type(default), choices=choices.get(name), metavar="VALUE")
         if isinstance(default, tuple):
             options = dict(type=type(default[0]), nargs="+", metavar="VALUE")
+            default = " ".join(map(str, default))
         elif isinstance(default, bool):
             options = dict(action=argparse.BooleanOptionalAction)
-        shown = f"{comments[name]} [{str(default).strip('(,)')}]"  # a tuple without its brackets
-        parser.add_argument("--" + name.replace("_", "-"), help=shown.replace("%", "%%"), **options)
+        parser.add_argument("--" + name.replace("_", "-"), help=f"{comments[name]} [{default}]".replace("%", "%%"),
+                            **options)
     given = vars(parser.parse_args(argv))
     preset = given.get("preset", "demo")
     return Config(**{"preset": preset, "out": f"runs/{preset}", **PRESETS[preset], **given})
@@ -364,8 +368,8 @@ class Encoder(nn.Module):
 # ---- Loss ------------------------------------------------------------------------------------------------------------
 # Let p(x1, x2) be the distribution of two patches of one image, p(x) that of a single patch, and
 # r = p(x1, x2) / (p(x1) p(x2)): how much more often than by chance the two occur together. The paper's first loss, L_C,
-# fits r by w z1.z2, for some w > 0. Expanding the square, whose expectation is over independent x1 and x2, gives the
-# paper's second loss, L_S:
+# fits r by w z1.z2, for some w > 0, over independent x1 and x2. Expand the square: weighting by r turns the expectation
+# over independent patches into one over two patches of one image. This gives the paper's second loss, L_S:
 #     L_C = E_{p(x1) p(x2)} [(w z1.z2 - r)^2] = 2 w L_S + const
 #     L_S = w / 2 || E[z z^T] ||_F^2 - E_{p(x1, x2)} [z1.z2]
 # If each of the D dimensions of z has mean 0 and variance 1, 2 L_S is, up to a constant,
@@ -395,8 +399,9 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4):
         z = (z - z.mean(0)).transpose(0, 1)  # (V, B, D), each dimension centred over the batch
         variance = z.square().sum(1) / (B - 1)  # (V, D)
         var = (1 - (variance + eps).sqrt()).relu().mean()
-        # The covariance matrix Z^T Z / (B - 1) is D x D, but only the sum of its squares is needed, and Z Z^T, which is
-        # B x B, has the same: ||Z^T Z||_F = ||Z Z^T||_F. So the smaller of the two matrices is computed.
+        # Let Z (B, D) be the centred z of one patch of each image. The covariance matrix Z^T Z / (B - 1) is D x D, but
+        # only the sum of its squares is needed, and Z Z^T, B x B, has the same: ||Z^T Z||_F = ||Z Z^T||_F. So the
+        # smaller of the two is computed.
         gram = z @ z.mT if B < D else z.mT @ z
         squares = gram.square().sum() / (B - 1) ** 2
         cov = 2 * (squares - variance.square().sum()) / (V * D)  # 2: a pair adds cov(zi) and cov(zj)
@@ -503,10 +508,12 @@ def start_process(name):
 
 def autocast(device):
     """A context for the network: bfloat16 where that is faster than float32."""
-    cpu = torch.cpu.get_capabilities()
-    feature = "amx_bf16" if "Intel" in cpu.get("cpu_name", "") else "avx512_bf16"  # which is slow on Intel's
-    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-            device.type == "cpu" and cpu.get(feature, False))
+    fast = False
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == "cpu":
+        cpu = torch.cpu.get_capabilities()  # Intel's need AMX for it: their AVX-512 bfloat16 is slow
+        fast = cpu.get("amx_bf16" if "Intel" in cpu.get("cpu_name", "") else "avx512_bf16", False)
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
@@ -561,9 +568,14 @@ def load_images(data, split="train", image_size=32, cache="data"):
 
 def decode_folder(folder, paths, size, cache):
     """The images of a folder, uint8 (N, 3, size, size), decoded once to a file in `cache`, which is memory-mapped."""
-    shape, broken = (len(paths), 3, size, size), []
     digest = hashlib.sha256(os.fsencode("\n".join(paths))).hexdigest()[:16]
     decoded = cache / f"{folder.name}-{size}px-{digest}.npy"
+    with contextlib.suppress(OSError, EOFError, ValueError):  # if the file is missing or was cut off, go on below
+        images = torch.from_numpy(np.load(decoded, mmap_mode="c"))  # c, copy-on-write: torch takes only writable memory
+        if RANK == 0:
+            print(f"{folder} was decoded before; if its pixels have changed since, remove {decoded}", flush=True)
+        return images
+    shape, broken = (len(paths), 3, size, size), []
 
     def decode(path):  # the pixels, channel by channel, of the image's middle square; zeros if it is broken
         try:
@@ -578,20 +590,16 @@ def decode_folder(folder, paths, size, cache):
             broken.append(f"{os.path.relpath(path, folder)} ({error or type(error).__name__})")
             return bytes(3 * size * size)
 
-    with contextlib.suppress(OSError, EOFError, ValueError):  # if the file is missing or was cut off, go on below
-        images = torch.from_numpy(np.load(decoded, mmap_mode="c"))  # c, copy-on-write: torch takes only writable memory
-        print(f"{folder} was decoded before; if its pixels have changed since, remove {decoded}", flush=True)
-        return images
     cache.mkdir(parents=True, exist_ok=True)
     unfinished = decoded.with_suffix(f".{RANK}")
     unfinished.touch()
-    with open(unfinished, "r+b") as file:  # "wb" would empty it: another run may be writing the same bytes, further on
+    with open(unfinished, "r+b") as file:  # not "wb", which empties it: another run may be writing the same bytes to it
         np.lib.format.write_array_header_1_0(file, dict(descr="|u1", fortran_order=False, shape=shape))
         with ThreadPoolExecutor() as pool:
             for i in range(0, len(paths), 1024):
                 file.writelines(pool.map(decode, paths[i:i + 1024]))
                 if i % (50 * 1024) == 0:
-                    print(f"decoding {folder}: {i:,} of {len(paths):,} images", flush=True)
+                    print(f"decoding {folder}: {min(i + 1024, len(paths)):,} of {len(paths):,} images", flush=True)
     if broken:
         unfinished.unlink(missing_ok=True)
         raise UserError(f"{len(broken):,} of {len(paths):,} images in {folder} cannot be used, such as "
@@ -604,8 +612,9 @@ def decode_folder(folder, paths, size, cache):
 # The demo's images are generated, so that the truth is known. An image has 5 x 5 cells, each with a grating of one of
 # 6 angles and 4 frequencies. Six classes each fix the angle of their cells, with random frequencies; four fix the
 # frequency, with random angles. One cell in 20 ignores the class. So a grating is typical of two classes: its angle's,
-# of whose cells it makes up 24 %, and its frequency's, 16 %. From one cell, 24 (0.95 / 4 + 0.05 / 24) / 10 = 57.5 % of
-# guesses are right at best. Only the mix of cells tells the class; colour, contrast, phase and noise do not.
+# of whose cells it makes up 24 %, and its frequency's, 16 %. From one cell, the best guess of the class is right with
+# probability sum_g max_c p(g | c) p(c) = 24 (0.95 / 4 + 0.05 / 24) / 10 = 57.5 %. Only the mix of cells tells the
+# class; colour, contrast, phase and noise do not.
 
 
 def demo_probabilities():
@@ -640,8 +649,8 @@ def demo_images(count, image_size, seed):
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 # The order of the images and the patches depend only on the seed and the epoch: each process draws the numbers of the
-# whole batch and keeps those of its own images. So they do not depend on the number of processes, and a run resumed at
-# the end of an epoch trains the encoder as if it had not been interrupted.
+# whole batch and keeps those of its own images. So they do not depend on the number of processes, and a run
+# continued from a checkpoint trains the encoder as if it had not been interrupted. Only the probe starts anew.
 
 LOG_EVERY = 50  # steps between lines of the log, each of which waits for the GPU
 
@@ -651,7 +660,7 @@ def training_views(images, u, config, augmented=True):
 
     images: uint8 (B, 3, S, S). u: (B, V, 11), uniform numbers in [0, 1). Returns (B V, 3, s, s).
     """
-    scale = config.patch_scale if len(config.patch_scale) == 2 else config.patch_scale[0]
+    scale = config.patch_scale if len(config.patch_scale) == 2 else config.patch_scale[0]  # a range, or a float
     patches = crop_patches(images, u[..., :3], scale, config.patch_size or None)
     if augmented:
         patches = augment(patches / 255, u[..., 3:])
@@ -668,17 +677,19 @@ def effective_rank(h):
 
 def open_run(config):
     """Make config.out the folder of this run and return its path. Raises UserError if it holds anything else."""
-    out, free = Path(config.out), ("preset", "cache", "out", "epochs", "device", "compile", "save_every")
+    out = Path(config.out)
+    may_change = ("preset", "cache", "out", "epochs", "device", "compile", "save_every")  # when a run goes on
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not any(out.glob("[!.]*")):
+        if not any(out.glob("[!.]*")):  # nothing, but for hidden files
             with open(out / "config.json", "x") as file:  # x: of two runs started at once, one fails here
                 json.dump(vars(config), file)
         before = vars(Config(**json.loads((out / "config.json").read_text())))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{out} cannot be the folder of this run ({error}); give another --out") from error
-    if changed := [f"{name} was {value}, is {getattr(config, name)}" for name, value in before.items()
-                   if name not in free and value != getattr(config, name)]:
+    changed = [f"{name} was {value}, is {getattr(config, name)}" for name, value in before.items()
+               if name not in may_change and value != getattr(config, name)]
+    if changed:
         raise UserError(f"{out} holds a run with other settings ({'; '.join(changed)}); give another --out")
     return out
 
@@ -705,10 +716,10 @@ def train(config):
 
     The folder config.out gets config.json, log.jsonl and checkpoint.pt, a dict of config, epoch, encoder and optimizer.
     """
-    config = Config(**json.loads(json.dumps(vars(config))))  # checked again; without numpy's types, if set since
+    config = Config(**json.loads(json.dumps(vars(config))))  # checked again, as fields may have been set since
     B, V, b = config.batch_size, config.num_patches, config.batch_size // WORLD_SIZE
-    if B % WORLD_SIZE:
-        raise UserError(f"--batch-size {B} cannot be divided among {WORLD_SIZE} processes")
+    if B % WORLD_SIZE or b < 2:
+        raise UserError(f"--batch-size {B} cannot be divided among {WORLD_SIZE} processes, at least 2 images each")
     device = start_process(config.device)
     if LOCAL_RANK > 0:
         dist.barrier()  # until the first process of this machine has loaded, and if need be decoded, the images
@@ -730,18 +741,20 @@ def train(config):
               {"params": [p for p in parameters if p.ndim == 1]}]  # BatchNorm's
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
 
-    state = [{"epoch": 0, "config": {"epochs": 0}}]  # as if saved by a run of 0 epochs; broadcasting takes a list
+    state, start = [None], 0  # the last checkpoint, in a list as broadcasting takes one; the epochs that it has done
     if RANK == 0:
-        out = open_run(config)
+        out = open_run(config)  # only now: a start that failed leaves no folder
         if (out / "checkpoint.pt").exists():
             state = [load_encoder(out / "checkpoint.pt")[2]]
     if WORLD_SIZE > 1:
         dist.broadcast_object_list(state)  # so that only rank 0 must see the file
-    if start := state[0]["epoch"]:  # epochs done
-        encoder.load_state_dict(state[0]["encoder"])
-        optimizer.load_state_dict(state[0]["optimizer"])
-    if (before := state[0]["config"]["epochs"]) > config.epochs:
-        raise UserError(f"{config.out} holds a run of {before} epochs; give as many --epochs or more, or another --out")
+    if checkpoint := state[0]:
+        start, before = checkpoint["epoch"], checkpoint["config"]["epochs"]
+        if before > config.epochs:
+            raise UserError(f"{config.out} holds a run of {before} epochs; give as many --epochs or more, or another "
+                            f"--out")
+        encoder.load_state_dict(checkpoint["encoder"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
     if RANK == 0:
         log = open(out / "log.jsonl", "a", buffering=1)
         print(f"{config}\n{len(images):,} images {'without' if labels is None else 'with'} labels from {config.data}; "
@@ -762,7 +775,8 @@ def train(config):
         probe_optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3)
 
     fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2
-    dataset = torch.utils.data.TensorDataset(*(x.to(device) if fits else x for x in (images, labels) if x is not None))
+    tensors = [images] if labels is None else [images, labels]
+    dataset = torch.utils.data.TensorDataset(*(tensor.to(device) if fits else tensor for tensor in tensors))
     # If they do not fit on the GPU, several processes read the memory map while it computes.
     workers = dict(num_workers=8, pin_memory=True, multiprocessing_context="fork")  # fork: the map is not copied
     reading = workers if device.type == "cuda" and not fits else {}
@@ -773,13 +787,13 @@ def train(config):
         generator = torch.Generator().manual_seed(1_000_000 * config.seed + epoch)
         order = torch.randperm(len(images), generator=generator)[:per_epoch * B].view(per_epoch, B)
         # With batch_size=None, what the sampler gives, a row of `order`, indexes a whole batch at once.
-        for batch in torch.utils.data.DataLoader(dataset, sampler=order[:, own], batch_size=None, **reading):
+        for parts in torch.utils.data.DataLoader(dataset, sampler=order[:, own], batch_size=None, **reading):
             u = torch.rand(B, V, 11, generator=generator)[own]
-            yield [part.to(device, non_blocking=True) for part in (u, *batch)]
+            yield [part.to(device, non_blocking=True) for part in (u, *parts)]
 
-    begun = saved = time.time()
+    begun = last_save = time.time()
     for epoch in range(start, config.epochs):
-        for step, (u, batch, *classes) in enumerate(batches(epoch), epoch * per_epoch + 1):  # step: of the run
+        for step, (u, batch, *target) in enumerate(batches(epoch), epoch * per_epoch + 1):  # step: of the run
             x = make_views(batch, u, config)  # (b V, 3, s, s)
             with autocast(device):
                 h, z = model(x)  # (b V, width), (b V, D)
@@ -789,8 +803,12 @@ def train(config):
             # Each process has the loss of the whole batch: `Gather.backward` sums WORLD_SIZE equal gradients of it, and
             # DDP's mean over the processes divides by WORLD_SIZE.
             loss.backward()
-            check = step % 10 == 0 or step % per_epoch == 0  # for NaN: seldom, as it waits for the GPU; before saving
-            norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf, error_if_nonfinite=check)
+            norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+            # Stop at NaN: looked for seldom, as it waits for the GPU, but always before a checkpoint is saved.
+            if (step % 10 == 0 or step % per_epoch == 0) and not norm.isfinite():
+                raise UserError(f"the gradients of step {step} are not finite; start again with a lower --lr and "
+                                f"another --out")
+            # Linear warmup times cosine decay.
             warmup = min(1, step / (config.warmup * steps + 1))
             lr = config.lr * warmup * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
             for group in optimizer.param_groups:
@@ -800,9 +818,9 @@ def train(config):
             if probe is not None:
                 scores = probe(h.detach().float().unflatten(0, (b, V)).mean(1))  # (b, classes); detached: it only looks
                 probe_optimizer.zero_grad()
-                F.cross_entropy(scores, *classes).backward()
+                F.cross_entropy(scores, target[0]).backward()
                 probe_optimizer.step()
-                terms["probe"] = 100 * (scores.argmax(1) == classes[0]).float().mean()  # % right, before this step
+                terms["probe"] = 100 * (scores.argmax(1) == target[0]).float().mean()  # % right, before this step
 
             if RANK == 0 and (step % LOG_EVERY == 0 or step == steps):
                 seconds = (time.time() - begun) / (step - start * per_epoch)  # per step
@@ -820,8 +838,8 @@ def train(config):
                      for u, batch, *_ in itertools.islice(batches(0), 100))
             with autocast(device):
                 torch.optim.swa_utils.update_bn(plain, encoder)
-        if RANK == 0 and (epoch + 1 == config.epochs or time.time() - saved >= 60 * config.save_every):
-            unfinished, saved = out / f".checkpoint-{os.getpid()}.pt", time.time()
+        if RANK == 0 and (epoch + 1 == config.epochs or time.time() - last_save >= 60 * config.save_every):
+            unfinished, last_save = out / f".checkpoint-{os.getpid()}.pt", time.time()
             torch.save({"config": vars(config), "epoch": epoch + 1, "encoder": encoder.state_dict(),
                         "optimizer": optimizer.state_dict()}, unfinished)
             unfinished.replace(out / "checkpoint.pt")  # only now: an interrupted file is not taken for a whole one
