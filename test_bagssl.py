@@ -451,7 +451,7 @@ def test_unusable_images_are_named_with_the_reason(tmp_path):
     write_image(folder / "good.png")
     for i in range(30):
         (folder / f"bad{i:02}.png").write_bytes(b"this is no picture")
-    with pytest.raises(bagssl.UserError, match="30 of 31 images .*bad00.png .cannot identify.*bad09.png[^,]*; remove or"):
+    with pytest.raises(bagssl.UserError, match="30 of 31 images .*bad00.png .cannot identify.*bad09.png[^,]*; remove"):
         load(folder)
     assert not [*(tmp_path / "cache").iterdir()]
     for path in folder.glob("bad*"):
