@@ -526,8 +526,7 @@ def load_images(data, split="train", image_size=32, cache="data"):
 
     data: demo; cifar10 or cifar100, which torchvision downloads to `cache` unless they are there; or a folder. If it
     has train/ and val/ or test/, images lie there in class folders. Otherwise all its images, at any depth, are
-    training images, without labels. Raises UserError if there are no such images, or if some cannot be used, and
-    OSError if a folder cannot be read.
+    training images, without labels. Raises UserError if there are no such images, or if some cannot be used.
     """
     if data == "demo":
         count, seed = (1_600, 0) if split == "train" else (1_000, 1)
@@ -552,15 +551,14 @@ def load_images(data, split="train", image_size=32, cache="data"):
         raise UserError(f"{root} has no test images: they must lie in val/ or test/, beside train/")
 
     def refuse(error):
-        raise error
+        raise UserError(f"cannot read {error.filename} ({error.strerror}); --data takes a folder of images")
 
     for _ in os.walk(folder, onerror=refuse, followlinks=True):
         pass  # make_dataset would skip a folder that cannot be read
     found = finder.make_dataset(folder, classes, finder.IMG_EXTENSIONS, allow_empty=True)  # at any depth
     found = [(path, label) for path, label in found if f"{os.sep}." not in path.removeprefix(str(folder))]  # not hidden
     if not found:
-        raise UserError(f"no images in {folder} (none of {' '.join(finder.IMG_EXTENSIONS)}); --data takes a folder of "
-                        f"images")
+        raise UserError(f"no images in {folder} (none of {' '.join(finder.IMG_EXTENSIONS)})")
     paths, labels = zip(*found)
     images = decode_folder(folder, paths, image_size, Path(cache))
     return images, None if folder == root else torch.tensor(labels)
