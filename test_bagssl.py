@@ -1257,7 +1257,7 @@ def test_links_lead_to_the_code(page):
 
 
 def test_pieces_can_be_pasted_with_what_the_readme_says_they_need(tiny_run, offline):
-    """And its example runs."""
+    """And its examples run."""
     _, *parts = re.split(r"^# ---- (.+?) -+\n", Path(bagssl.__file__).read_text(), flags=re.M)
     sections, images, u = dict(zip(parts[::2], parts[1::2])), noise(2, 3, 8, 8), torch.rand(2, 3, 11)
     z, backbone = torch.randn(4, 2, 3), nn.Flatten()
@@ -1271,11 +1271,14 @@ def test_pieces_can_be_pasted_with_what_the_readme_says_they_need(tiny_run, offl
         for name in names:
             exec(sections[name], scope)
         assert call(scope).equal(call(vars(bagssl)))
-    example, = re.findall(r"```python\n(.+?)```", (HERE / "README.md").read_text(), re.S)
+    example, step = re.findall(r"```python\n(.+?)```", (HERE / "README.md").read_text(), re.S)
     scope = {}
     exec(example.replace("runs/photos/checkpoint.pt", str(tiny_run.checkpoint))
          .replace("/path/to/photos", str(tiny_run.data)), scope)
     assert scope["embeddings"].shape == (26, 2048)
+    scope = vars(bagssl) | dict(images=images, B=2, V=3, scale=0.25, encoder=bagssl.Encoder(projector=(16, 16, 16)))
+    exec(step, scope)
+    assert scope["z"].shape == (6, 16) and scope["loss"].isfinite()
 
 
 @pytest.mark.parametrize("script, first", [("bagssl.py", []), ("eval_linear.py", []), (".github/claims.py", ["parts"])])
