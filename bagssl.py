@@ -27,6 +27,7 @@ import argparse
 import contextlib
 import hashlib
 import inspect
+import io
 import itertools
 import json
 import math
@@ -52,7 +53,7 @@ from torch import nn
 # overrides the preset: parse_config(["--preset", "cifar10", "--lr", "0.2"]) does so from Python too. Config() itself
 # applies no preset.
 
-DEVICE = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")  # or an accelerator
+DEVICE = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")  # cpu: no accelerator
 
 
 class UserError(Exception):
@@ -66,7 +67,7 @@ class Config:
     cache: str = "data"  # folder for downloads and decoded images, shared by all runs
     out: str = "runs/demo"  # folder of the run, by default runs/PRESET; an interrupted run there is continued
     arch: str = "patchnet"  # patchnet, made for small patches; resnet18, resnet34, resnet50, as in published work
-    stem_stride: int = 1  # stride of the first layer, 1, 2 or 4; with 4, a ResNet has its own 7x7 stem and max-pooling
+    stem_stride: int = 1  # stride of the first layer, 1 or 2; 4: a ResNet's own stem, 7x7 convolution and max-pooling
     projector: tuple = (2048, 2048, 2048)  # widths of the projector's layers
     image_size: int = 32  # images are cropped to their middle square and resized to this side
     patch_scale: tuple = (0.25,)  # a patch's fraction of the image's area; two values: a range (multi-scale crops)
@@ -97,6 +98,8 @@ class Config:
                             "--patch-size")
         if min(self.batch_size, self.num_patches, *self.projector) < 2:
             raise UserError("--batch-size, --num-patches and each width of --projector must be 2 or more")
+        if self.arch == "patchnet" and self.stem_stride == 4:
+            raise UserError("--stem-stride 4 is a ResNet's own stem; patchnet takes 1 or 2")
         numbers = [value for value in vars(self).values() if isinstance(value, float)]
         if self.epochs < 1 or self.warmup > 1 or not all(0 <= number < math.inf for number in numbers):
             raise UserError("--epochs must be 1 or more, --warmup 0 to 1, other rates, weights and minutes 0 or more")
@@ -192,7 +195,7 @@ def grid_patches(images, per_side, scale, size=None):
 
 
 def _cut(images, top, left, side, size):
-    """Cut squares at top, left, (B, V) or (1, V), of `side`, an int or (B, V); resize them to `size` if given.
+    """Cut squares of `side`, an int or (B, V), at top, left, each (B, V) or (1, V); resize them to `size` if given.
 
     Returns (B, V, C, s, s).
     """
@@ -528,6 +531,8 @@ def load_images(data, split="train", image_size=32, cache="data"):
     has train/ and val/ or test/, images lie there in class folders. Otherwise all its images, at any depth, are
     training images, without labels. Raises UserError if there are no such images, or if some cannot be used.
     """
+    if split not in ("train", "test"):
+        raise UserError(f"the split of the images must be train or test, not {split}")
     if data == "demo":
         count, seed = (1_600, 0) if split == "train" else (1_000, 1)
         return demo_images(count, image_size, seed)[:2]
@@ -625,7 +630,9 @@ def demo_probabilities():
 
 def demo_images(count, image_size, seed):
     """Draw images of the demo: uint8 (N, 3, S, S), their classes (N,), and the gratings of their cells (N, 25)."""
-    generator, side = torch.Generator().manual_seed(seed), image_size // 5  # pixels of a cell; a remainder is dropped
+    if image_size % 5:
+        raise UserError(f"the demo's images are 5 cells wide: --image-size must be a multiple of 5, not {image_size}")
+    generator, side = torch.Generator().manual_seed(seed), image_size // 5
 
     def uniform(low, high, *channels):
         return low + (high - low) * torch.rand(count, *channels, 1, 1, generator=generator)
@@ -642,13 +649,14 @@ def demo_images(count, image_size, seed):
         noise = 0.15 * torch.randn(count, 3, side, side, generator=generator)
         cells = uniform(0.25, 0.75, 3) + (uniform(0.1, 0.3, 1) + uniform(-0.1, 0.1, 3)) * tone + noise
         images[:, :, cell // 5, :, cell % 5] = (cells.clamp(0, 1) * 255).to(torch.uint8)
-    return images.view(count, 3, 5 * side, 5 * side), labels, gratings
+    return images.view(count, 3, image_size, image_size), labels, gratings
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 # The order of the images and the patches depend only on the seed and the epoch: each process draws the numbers of the
 # whole batch and keeps those of its own images. So they do not depend on the number of processes, and a run
-# continued from a checkpoint trains the encoder as if it had not been interrupted. Only the probe starts anew.
+# continued from a checkpoint trains the encoder as if it had not been interrupted. Only the probe, a
+# linear classifier whose accuracy is logged, starts anew.
 
 LOG_EVERY = 50  # steps between lines of the log, each of which waits for the GPU
 
@@ -697,14 +705,15 @@ def load_encoder(path):
 
     Raises OSError if the file cannot be read, and UserError if it can but is something else.
     """
+    content = io.BytesIO(Path(path).read_bytes())  # at once, so that an error while reading is not taken for damage
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)  # True: no code in the file is run
+        saved = torch.load(content, map_location="cpu", weights_only=True)  # True: no code in the file is run
         config = Config(**saved["config"])
         encoder = Encoder(config.arch, config.stem_stride, config.projector)
         encoder.load_state_dict(saved["encoder"])
-    except (OSError, MemoryError):  # these say themselves what is wrong
-        raise
     except Exception as error:  # whatever torch raises on a damaged or foreign file
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            raise
         raise UserError(f"{path} is damaged, or not a checkpoint of this version of bagssl.py") from error
     return encoder.eval().to(memory_format=torch.channels_last), config, saved
 
@@ -739,7 +748,8 @@ def train(config):
               {"params": [p for p in parameters if p.ndim == 1]}]  # BatchNorm's
     optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=0.9, nesterov=True, fused=True)
 
-    state, start = [None], 0  # the last checkpoint, in a list as broadcasting takes one; the epochs that it has done
+    state = [None]  # the last checkpoint, if there is one; in a list, as broadcasting takes one
+    start = 0  # epochs that it has done
     if RANK == 0:
         out = open_run(config)  # only now: a start that failed leaves no folder
         if (out / "checkpoint.pt").exists():

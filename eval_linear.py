@@ -19,6 +19,7 @@ the training images; test images are used only for the accuracies reported.
 
 import argparse
 import dataclasses
+import io
 import json
 import math
 import re
@@ -178,15 +179,15 @@ def knn_probe(train, train_labels, test, test_labels, k=20, temperature=0.07, bl
 
 def read_tensors(path):
     """The tensors of a file saved by torch, found in dicts nested to any depth: {keys joined by dots: tensor}."""
-    with open(path, "rb") as file:
-        if file.read(9)[8:] == b"{":
-            raise UserError(f"{path} is a safetensors file; load it with safetensors and save it with torch.save")
+    file = Path(path).read_bytes()
+    if file[8:9] == b"{":
+        raise UserError(f"{path} is a safetensors file; load it with safetensors and save it with torch.save")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # many checkpoints hold their arguments
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):  # these say themselves what is wrong
-        raise
+            content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch raises on a damaged or foreign file
+        if isinstance(error, MemoryError) or "memory" in str(error):
+            raise
         if foreign := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise UserError(f"{path} holds, besides tensors and plain values, a {foreign[1]}, which could run code "
                             f"when it is loaded; save only the weights") from error

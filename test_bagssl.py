@@ -365,6 +365,9 @@ def test_a_folder_is_split_only_if_it_has_train_and_val_or_test(tmp_path):
     write_image(root / "val/zebra/0.png")
     with pytest.raises(bagssl.UserError, match="val/zebra is not one of the class folders in"):
         load(root, "test")
+    for split in ("val", "Test", None):
+        with pytest.raises(bagssl.UserError, match="must be train or test, not"):
+            load(root, split)
     write_classes(tmp_path / "vehicles", 12, ["bus", "car", "train", "ship"])  # a class that is called train
     assert len(load(tmp_path / "vehicles")[0]) == 12
 
@@ -746,9 +749,10 @@ def test_foreign_old_malicious_and_damaged_checkpoints_are_refused(tiny_run, tin
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error"),
-                                   MemoryError()])
+                                   MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
 def test_a_good_checkpoint_is_not_called_damaged(tiny_run, monkeypatch, error):
-    monkeypatch.setattr(torch, "load", Mock(side_effect=error))
+    monkeypatch.setattr(*((Path, "read_bytes") if isinstance(error, OSError) else (torch, "load")),
+                        Mock(side_effect=error))
     for read in (bagssl.load_encoder, eval_linear.read_tensors):
         with pytest.raises(type(error)) as told:
             read(tiny_run.checkpoint)
@@ -1207,10 +1211,10 @@ def test_the_pictures_are_drawn_from_the_tables(monkeypatch):
     ("--epoch 1", "unrecognized arguments: --epoch"), ("--arch vit", "argument --arch: invalid choice: 'vit'"),
     ("--lr inf", "rates, weights and minutes"), ("--inv-weight nan", "rates, weights and minutes"),
     ("--num-patches 1", "must be 2 or more"),
-    ("--epochs 0", "--epochs must be 1 or more"),
+    ("--epochs 0", "--epochs must be 1 or more"), ("--image-size 81", "multiple of 5, not 81"),
     ("--projector 0", "must be 2 or more"), ("--image-size 2 --patch-size 16", "patches must be at least 3 pixels"),
     ("--device mps", "--device mps is not available"), ("--warmup 10", "--warmup 0 to 1"),
-    ("--patch-scale 1.5", "--patch-scale takes a fraction"),
+    ("--patch-scale 1.5", "--patch-scale takes a fraction"), ("--stem-stride 4", "a ResNet's own stem"),
     ("--patch-scale 0.2 0.8", "--patch-size"), ("--patch-scale 0.0005", "patches must be at least 3 pixels wide"),
     ("--batch-size 3000", "1600 images are fewer than a batch"), ("--data nowhere", "nowhere (No such file or"),
     ("--out " + 300 * "x", "File name too long"), ("--preset cifar10-cpu", "could not be downloaded (no network)"),
