@@ -14,8 +14,8 @@ Learning" (TMLR 2023, arXiv:2206.08954).
    dimension of z varying over the batch (variance), and decorrelates the dimensions (covariance).
 4. Throw the projector away. An image is represented by the mean of its patches' embeddings h.
 
-After the settings, the sections follow these steps; then come processes and images, and last the training loop, where
-all of them meet.
+After the settings, the sections follow these steps; then come processes, images and, last, the
+training loop, in which all of them meet.
 
     python bagssl.py                                     # generated images; needs no data and no GPU
     python bagssl.py --preset cifar10-cpu                # CIFAR-10 on a CPU
@@ -36,7 +36,7 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -57,7 +57,7 @@ DEVICE = getattr(torch.accelerator.current_accelerator(check_available=True), "t
 
 
 class UserError(Exception):
-    """Something that a user can mend: `run_cli`, the last function, prints it as one sentence; exit code 2."""
+    """An error that the user can fix: `run_cli`, the last function, prints it, one sentence, and exits with code 2."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Config:
     arch: str = "patchnet"  # patchnet, made for small patches; resnet18, resnet34, resnet50, as in published work
     stem_stride: int = 1  # stride of the first layer, 1 or 2; 4: a ResNet's own stem, 7x7 convolution and max-pooling
     projector: tuple = (2048, 2048, 2048)  # widths of the projector's layers
-    image_size: int = 32  # images are cropped to their middle square and resized to this side
+    image_size: int = 80  # images are cropped to their middle square and resized to this side
     patch_scale: tuple = (0.25,)  # a patch's fraction of the image's area; two values: a range (multi-scale crops)
     patch_size: int = 0  # patches are resized to this side; 0: kept as cut; a range of scales needs a side
     num_patches: int = 4  # V, patches per image and step
@@ -84,8 +84,8 @@ class Config:
     cov_weight: float = 1.0  # weight of the covariance term
     seed: int = 0  # random seed of the initial weights, the order of the images, and the patches
     device: str = DEVICE  # cuda, mps or cpu
-    compile: bool = DEVICE == "cuda"  # compile network and augmentation: a minute to start, a C++ compiler needed
-    save_every: float = 1.0  # least minutes between checkpoints, which are saved at the end of an epoch
+    compile: bool = DEVICE == "cuda"  # compile network and augmentation: takes a minute, needs a C++ compiler
+    save_every: float = 1.0  # minimum minutes between checkpoints, which are saved at the end of an epoch
 
     def __post_init__(self):
         """Refuse settings that cannot work."""
@@ -102,18 +102,18 @@ class Config:
             raise UserError("--stem-stride 4 is a ResNet's own stem; patchnet takes 1 or 2")
         numbers = [value for value in vars(self).values() if isinstance(value, float)]
         if self.epochs < 1 or self.warmup > 1 or not all(0 <= number < math.inf for number in numbers):
-            raise UserError("--epochs must be 1 or more, --warmup 0 to 1, other rates, weights and minutes 0 or more")
+            raise UserError("--epochs must be 1 or more; --warmup 0 to 1; other rates, weights and minutes 0 or more")
 
 
 # Chosen on CIFAR-10. Small batches give more steps in the same time, and an inv_weight of 10 gains two to three points
 # of accuracy over 25.
-CIFAR = dict(batch_size=64, projector=(1024, 1024, 1024), inv_weight=10.0)
+CIFAR = dict(image_size=32, batch_size=64, projector=(1024, 1024, 1024), inv_weight=10.0)
 
 PRESETS = {
     # A demo image is 5 x 5 cells, each of a patch's size. Two patches in different cells have only the image's class,
     # one of ten, in common. Hence a few dimensions of z are enough. The patches' projections cannot agree closely: the
     # invariance term stays large, and cov_weight is raised to match.
-    "demo": dict(data="demo", image_size=80, patch_scale=(0.04,), batch_size=64, epochs=10, projector=(512, 512, 32),
+    "demo": dict(data="demo", patch_scale=(0.04,), batch_size=64, epochs=10, projector=(512, 512, 32),
                  cov_weight=10.0),
     "cifar10-cpu": dict(CIFAR, data="cifar10", epochs=18),  # half an hour on two cores, less on fast ones
     "cifar10": dict(CIFAR, data="cifar10", epochs=170),  # hours on two cores: for GPUs
@@ -131,7 +131,7 @@ def parse_config(argv=None):
     parser = argparse.ArgumentParser(usage="bagssl.py [FLAG VALUE ...]; --help lists the flags", allow_abbrev=False,
                                      description="In brackets: the defaults, which a preset may replace.",
                                      argument_default=argparse.SUPPRESS)
-    for name, default in ((field.name, field.default) for field in fields(Config)):
+    for name, default in vars(Config()).items():
         options = dict(type=type(default), choices=choices.get(name), metavar="VALUE")
         if isinstance(default, tuple):
             options = dict(type=type(default[0]), nargs="+", metavar="VALUE")
@@ -220,7 +220,7 @@ def _resize_weights(start, side, extent, size):
     of radius max(side / size, 1). start: (B, V); side: an int or (B, V). Returns (B, V, size, extent).
     """
     start = start[..., None, None]  # (B, V, 1, 1)
-    side = torch.as_tensor(side, device=start.device)[..., None, None]  # the same; (1, 1) if an int
+    side = torch.as_tensor(side, device=start.device)[..., None, None]  # likewise; (1, 1) if an int
     pixel = torch.arange(extent, device=start.device) + 0.5  # (extent,)
     pitch = side / size
     centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * pitch  # (B, V, size, 1)
@@ -324,7 +324,7 @@ class PatchNet(nn.Module):
         self.width = 2 * widths[-1]
         self.whiten = nn.Conv2d(3, 54, 3, stem_stride, bias=False).requires_grad_(False)
         layers = []
-        # Of the four convolutions: input and output channels, kernel size, stride.
+        # For each convolution: input and output channels, kernel size, stride.
         for width_in, width, kernel, stride in zip((54, *widths[:-1]), widths, (3, 3, 3, 1), (2, 2, 1, 1)):
             convolution = nn.Conv2d(width_in, width, kernel, stride, kernel // 2, bias=False)
             nn.init.dirac_(convolution.weight.data[:width_in])  # these filters copy the input, until trained
@@ -371,15 +371,15 @@ class Encoder(nn.Module):
 # ---- Loss ------------------------------------------------------------------------------------------------------------
 # Let p(x1, x2) be the distribution of two patches of one image, p(x) that of a single patch, and
 # r = p(x1, x2) / (p(x1) p(x2)): how much more often than by chance the two occur together. The paper's first loss, L_C,
-# fits r by w z1.z2, for some w > 0, over independent x1 and x2. Expand the square: weighting by r turns the expectation
-# over independent patches into one over two patches of one image. This gives the paper's second loss, L_S:
+# fits r by w z1.z2, for some w > 0, over independent x1 and x2. Expand the square: in the cross term, r turns the
+# expectation over independent patches into one over two patches of one image. This gives the paper's second loss, L_S:
 #     L_C = E_{p(x1) p(x2)} [(w z1.z2 - r)^2] = 2 w L_S + const
 #     L_S = w / 2 || E[z z^T] ||_F^2 - E_{p(x1, x2)} [z1.z2]
 # If each of the D dimensions of z has mean 0 and variance 1, 2 L_S is, up to a constant,
 #     w sum_{d != e} cov_de^2 + E_{p(x1, x2)} |z1 - z2|^2
 # With w = 2 cov_weight / inv_weight and a factor of inv_weight / D, these are VICReg's covariance and invariance terms.
-# VICReg sees to that mean and variance: it subtracts the mean before the covariances, and its hinge keeps the variances
-# near 1, while the invariance term alone would shrink them to 0.
+# VICReg ensures both: covariances are taken about the mean, and the hinge keeps the variances near 1, which the
+# invariance term alone would shrink to 0.
 
 
 def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4):
@@ -390,8 +390,8 @@ def vicreg_loss(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4):
         hinge(z) = mean_d relu(1 - sqrt(var_d + eps)),  cov(z) = sum_{d != e} cov_de^2 / D,
     with variances and covariances over the batch, with divisor B - 1. This is the VICReg authors' code
     (Bardes, Ponce, LeCun, 2022); the equation in their paper does not halve the hinges.
-    Returns the loss and, in a dict, its unweighted terms, detached: inv, var, cov. In float32 at least, also under
-    autocast.
+    Returns the loss and, in a dict, its unweighted terms, detached: inv, var, cov. z is cast to float32 at least, even
+    under autocast.
     """
     B, V, D = z.shape
     with torch.autocast(z.device.type, enabled=False):
@@ -485,11 +485,11 @@ class BatchNorm(nn.BatchNorm2d):
         with torch.no_grad():
             count = WORLD_SIZE * x.numel() // x.shape[1]
             self.num_batches_tracked += 1
-            share = self.momentum or 1 / self.num_batches_tracked  # torch's `update_bn` sets it to None: a plain mean
+            share = self.momentum or 1 / self.num_batches_tracked  # None in torch's `update_bn`: a plain mean
             self.running_mean.lerp_(mean, share)
             self.running_var.lerp_(var * count / (count - 1), share)
-        # F.batch_norm passes no gradient to statistics that it is given. So it is given mean 0 and variance 1, with the
-        # true ones in scale and shift: it computes x * scale + shift in one pass.
+        # F.batch_norm passes no gradient to the statistics it is given. So they go into scale and shift, and it gets
+        # mean 0 and variance 1: x * scale + shift in one pass.
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
         return F.batch_norm(x, torch.zeros_like(mean), torch.ones_like(var), scale, shift, eps=0.0)
@@ -504,7 +504,7 @@ def start_process(name):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TensorFloat-32, above all for the loss
-    if WORLD_SIZE > 1:  # the time-out: the others wait while the first process decodes the images
+    if WORLD_SIZE > 1:  # a long timeout: the others wait while the first process decodes the images
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=4))
     return device
 
@@ -527,9 +527,9 @@ def autocast(device):
 def load_images(data, split="train", image_size=32, cache="data"):
     """The images of a split, "train" or "test": uint8 (N, 3, image_size, image_size), and labels int64 (N,) or None.
 
-    data: demo; cifar10 or cifar100, which torchvision downloads to `cache` unless they are there; or a folder. If it
-    has train/ and val/ or test/, images lie there in class folders. Otherwise all its images, at any depth, are
-    training images, without labels. Raises UserError if there are no such images, or if some cannot be used.
+    data: demo; cifar10 or cifar100, which torchvision downloads to `cache` unless they are there; or a folder. If the
+    folder has train/, and val/ or test/ beside it, these hold class folders. Otherwise all its images, at any depth,
+    are training images, without labels. Raises UserError if there are no such images, or if some cannot be used.
     """
     if split not in ("train", "test"):
         raise UserError(f"the split of the images must be train or test, not {split}")
@@ -547,10 +547,12 @@ def load_images(data, split="train", image_size=32, cache="data"):
 
     root, finder = Path(data).resolve(), torchvision.datasets.folder
     train, test = root / "train", root / ("val" if (root / "val").is_dir() else "test")
-    folder, classes = root, {"": 0}  # all in one class, which has no folder of its own
+    folder, classes = root, {"": 0}  # one class, "": the folder itself
     if train.is_dir() and test.is_dir():
-        folder, classes = train if split == "train" else test, finder.find_classes(train)[1]
-        if unknown := finder.find_classes(folder)[1].keys() - classes.keys():
+        folder = train if split == "train" else test
+        names, own = ([name for name in finder.find_classes(each)[0] if name[0] != "."] for each in (train, folder))
+        classes = {name: label for label, name in enumerate(names)}
+        if unknown := set(own) - classes.keys():
             raise UserError(f"{folder / min(unknown)} is not one of the class folders in {train}")
     elif split == "test":
         raise UserError(f"{root} has no test images: they must lie in val/ or test/, beside train/")
@@ -614,10 +616,10 @@ def decode_folder(folder, paths, size, cache):
 
 # The demo's images are generated, so that the truth is known. An image has 5 x 5 cells, each with a grating of one of
 # 6 angles and 4 frequencies. Six classes each fix the angle of their cells, with random frequencies; four fix the
-# frequency, with random angles. One cell in 20 ignores the class. So a grating is typical of two classes: its angle's,
-# of whose cells it makes up 24 %, and its frequency's, 16 %. From one cell, the best guess of the class is right with
-# probability sum_g max_c p(g | c) p(c) = 24 (0.95 / 4 + 0.05 / 24) / 10 = 57.5 %. Only the mix of cells tells the
-# class; colour, contrast, phase and noise do not.
+# frequency, with random angles. One cell in 20 ignores the class. So a grating is typical of two classes: in the
+# one that fixes its angle it fills 24 % of the cells, in the one that fixes its frequency 16 %. From one cell, the best
+# guess of the class is right with probability sum_g max_c p(g | c) p(c) = 24 (0.95 / 4 + 0.05 / 24) / 10 = 57.5 %. Only
+# the mix of cells tells the class; colour, contrast, phase and noise do not.
 
 
 def demo_probabilities():
@@ -643,7 +645,7 @@ def demo_images(count, image_size, seed):
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     for cell in range(25):  # row by row
         own = gratings[:, cell, None, None]
-        angle = math.pi / 12 * (own // 4 + uniform(-0.3, 0.3))  # below 90 degrees, so mirrored ones stay apart
+        angle = math.pi / 12 * (own // 4 + uniform(-0.3, 0.3))  # below 90 degrees: mirroring never gives another angle
         waves = 1.5 ** (own % 4 + uniform(-0.3, 0.3)) / side  # per pixel
         tone = (2 * math.pi * (waves * (x * angle.cos() + y * angle.sin()) + uniform(0, 1))).cos()[:, None]
         noise = 0.15 * torch.randn(count, 3, side, side, generator=generator)
@@ -719,9 +721,10 @@ def load_encoder(path):
 
 
 def train(config):
-    """Pretrain as `config` says, from the last checkpoint on if there is one. Raises UserError if that is not possible.
+    """Pretrain as `config` says, from the last checkpoint if there is one. Raises UserError if that is not possible.
 
-    The folder config.out gets config.json, log.jsonl and checkpoint.pt, a dict of config, epoch, encoder and optimizer.
+    The folder config.out gets config.json; checkpoint.pt, a dict of config, epoch, encoder and optimizer; and
+    log.jsonl, in which steps that a continued run repeats stand twice.
     """
     config = Config(**json.loads(json.dumps(vars(config))))  # checked again, as fields may have been set since
     B, V, b = config.batch_size, config.num_patches, config.batch_size // WORLD_SIZE
@@ -735,7 +738,7 @@ def train(config):
         dist.barrier()  # the others may go on: they find the images decoded
     per_epoch = len(images) // B  # an epoch's last, incomplete batch is left out
     steps = config.epochs * per_epoch
-    if steps == 0:
+    if per_epoch == 0:
         raise UserError(f"{len(images)} images are fewer than a batch of {B}; give a smaller --batch-size")
 
     torch.manual_seed(config.seed)
@@ -751,7 +754,7 @@ def train(config):
     state = [None]  # the last checkpoint, if there is one; in a list, as broadcasting takes one
     start = 0  # epochs that it has done
     if RANK == 0:
-        out = open_run(config)  # only now: a start that failed leaves no folder
+        out = open_run(config)  # only now: a failed start leaves no folder
         if (out / "checkpoint.pt").exists():
             state = [load_encoder(out / "checkpoint.pt")[2]]
     if WORLD_SIZE > 1:
@@ -759,7 +762,7 @@ def train(config):
     if checkpoint := state[0]:
         start, before = checkpoint["epoch"], checkpoint["config"]["epochs"]
         if before > config.epochs:
-            raise UserError(f"{config.out} holds a run of {before} epochs; give as many --epochs or more, or another "
+            raise UserError(f"{config.out} holds a run of {before} epochs; give at least as many --epochs, or another "
                             f"--out")
         encoder.load_state_dict(checkpoint["encoder"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -783,8 +786,8 @@ def train(config):
         probe_optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-3)
 
     fits = device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info()[0] / 2
-    tensors = [images] if labels is None else [images, labels]
-    dataset = torch.utils.data.TensorDataset(*(tensor.to(device) if fits else tensor for tensor in tensors))
+    tensors = (tensor.to(device) if fits else tensor for tensor in (images, labels) if tensor is not None)
+    dataset = torch.utils.data.TensorDataset(*tensors)
     # If they do not fit on the GPU, several processes read the memory map while it computes.
     workers = dict(num_workers=8, pin_memory=True, multiprocessing_context="fork")  # fork: the map is not copied
     reading = workers if device.type == "cuda" and not fits else {}
@@ -794,7 +797,7 @@ def train(config):
         """For each step, eleven numbers for each patch (b, V, 11), images (b, 3, S, S) and, if given, labels (b,)."""
         generator = torch.Generator().manual_seed(1_000_000 * config.seed + epoch)
         order = torch.randperm(len(images), generator=generator)[:per_epoch * B].view(per_epoch, B)
-        # With batch_size=None, what the sampler gives, a row of `order`, indexes a whole batch at once.
+        # batch_size=None: each row of `order` serves as one index, which fetches a whole batch.
         for parts in torch.utils.data.DataLoader(dataset, sampler=order[:, own], batch_size=None, **reading):
             u = torch.rand(B, V, 11, generator=generator)[own]
             yield [part.to(device, non_blocking=True) for part in (u, *parts)]
@@ -812,7 +815,7 @@ def train(config):
             # DDP's mean over the processes divides by WORLD_SIZE.
             loss.backward()
             norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
-            # Stop at NaN: looked for seldom, as it waits for the GPU, but always before a checkpoint is saved.
+            # Stop at NaN: checked rarely, as it waits for the GPU, but always before a checkpoint is saved.
             if (step % 10 == 0 or step % per_epoch == 0) and not norm.isfinite():
                 raise UserError(f"the gradients of step {step} are not finite; start again with a lower --lr and "
                                 f"another --out")
@@ -859,7 +862,7 @@ def train(config):
 
 
 def run_cli(main):
-    """Call main(), of this or another script. What a user can mend ends it with one sentence and exit code 2."""
+    """Call main(), of this or another script. An error that the user can fix is printed, and the exit code is 2."""
     sys.stdout.reconfigure(errors="backslashreplace")  # for paths that the terminal's encoding lacks
     try:
         main()

@@ -12,7 +12,7 @@
 
 For each n, and for the whole image in one forward pass, it reports the accuracy of a linear probe (softmax regression
 on frozen, standardised features) and of a weighted kNN classifier on plain and on whitened features. Two controls are
-probed in the same way: the network before training, at the bag size nearest to 16, and raw pixels. Each result is
+probed in the same way: an untrained network, at the bag size nearest to 16, and raw pixels. Each result is
 printed, and appended to eval.jsonl beside the checkpoint. The probe's weight decay is chosen on a held-out tenth of
 the training images; test images are used only for the accuracies reported.
 """
@@ -50,13 +50,13 @@ def embed(embedder, images, device, name=""):
     embedder: (B, 3, H, W) -> (B, D), on `device`. name: for progress lines; if empty, none are printed.
     Raises UserError if features are not finite.
     """
-    block = max(1, min(64, 256 // getattr(embedder, "per_side", 1) ** 2))  # images at a time, 256 patches or fewer
-    features, told = [], time.time()
+    block = max(1, min(64, 256 // getattr(embedder, "per_side", 1) ** 2))  # images: up to 256 patches, or one image
+    features, printed = [], time.time()
     for some in images.split(block):
         with bagssl.autocast(device):
             features.append(embedder(some.to(device)).float().cpu())
-        if name and time.time() - told > 10:
-            told = time.time()
+        if name and time.time() - printed > 10:
+            printed = time.time()
             print(f"{name}: {sum(map(len, features)):,} of {len(images):,} images", flush=True)
     features = torch.cat(features)
     if not features.isfinite().all():
@@ -114,16 +114,12 @@ def fit_probe(train, labels, seed=0, decays=(1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4,
         raise UserError(f"{len(train)} images are too few to fit a probe and choose its weight decay; give 10 or more")
     classes = int(labels.max()) + 1
     mean, std = train.mean(0), train.std(0)
-    std = std.where(std > 1e-6, 1.0)  # constant features are only centred: a test image's may differ, and would explode
+    std = std.where(std > 1e-6, 1.0)  # not / 0: a test image may differ in a feature that is constant here
     x = (train - mean) / std
-    # For speed, rotate x to its principal axes; the penalty, and so the optimum, is the same. If there are fewer images
-    # than features, project x onto the images' span first, in which the optimal weights lie. On the CPU, as not every
-    # device has qr and eigh; eigh in float64, as float32 may not converge.
-    axes = torch.linalg.qr(x.T.cpu()).Q.to(x) if len(x) < x.shape[1] else None
-    x = x if axes is None else x @ axes
-    rotation = torch.linalg.eigh((x.T @ x).cpu().double()).eigenvectors.to(x)
-    axes = rotation if axes is None else axes @ rotation  # (D, D or N)
-    x = x @ rotation
+    # For speed, rotate x to its principal axes; the penalty, and so the optimum, is the same. N images span at most N
+    # axes, the last. On the CPU, as not every device has eigh; in float64, as float32 may not converge.
+    axes = torch.linalg.eigh((x.T @ x).cpu().double()).eigenvectors[:, -len(x):].to(x)  # (D, D or N)
+    x = x @ axes
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
     held, kept = order.tensor_split([len(order) // 10])
     weights = fit_linear(x[kept], labels[kept], classes, decays, iterations=30)
@@ -164,8 +160,8 @@ def knn_probe(train, train_labels, test, test_labels, k=20, temperature=0.07, bl
     Each of the k nearest neighbours by cosine has a vote of weight exp(cosine / temperature). Features and
     labels as for `linear_probe`; the features are not standardised here.
     """
-    classes, correct = int(train_labels.max()) + 1, 0
-    train = F.normalize(train)
+    classes = int(train_labels.max()) + 1
+    train, correct = F.normalize(train), 0
     for features, labels in zip(F.normalize(test).split(block), test_labels.split(block)):
         cosine, nearest = (features @ train.T).topk(min(k, len(train)))
         votes = cosine.new_zeros(len(cosine), classes)
@@ -195,13 +191,14 @@ def read_tensors(path):
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a dict of tensors by name")
 
-    def collect(prefix, value):
-        if isinstance(value, torch.Tensor):
-            return {prefix: value} if value.ndim else {}  # without num_batches_tracked
-        inner = value.items() if isinstance(value, dict) else ()
-        return {k: v for key, part in inner for k, v in collect(f"{prefix}.{key}".removeprefix("."), part).items()}
+    def collect(value, prefix=""):
+        if isinstance(value, dict):
+            for key, part in value.items():
+                yield from collect(part, f"{prefix}{key}.")
+        elif isinstance(value, torch.Tensor) and value.ndim:  # without num_batches_tracked
+            yield prefix[:-1], value
 
-    return collect("", content)
+    return dict(collect(content))
 
 
 def load_published(path, arch):
@@ -213,24 +210,24 @@ def load_published(path, arch):
     momentum encoder, say), the first is taken, and named in a message. Raises UserError if none is found.
     """
     tensors, found = read_tensors(path), {}  # found: {prefix: {our name: tensor}}
-    numbers = {name: str(i) for i, (name, _) in enumerate(torchvision.models.get_model(arch).named_children())}
     for stride in (4, 1):
         backbone = bagssl.make_backbone(arch, stride)
         ours = {name: tensor.shape for name, tensor in backbone.state_dict().items() if tensor.ndim}
+        numbers = {name: str(i) for i, (name, _) in enumerate(backbone.named_children())}
         numbered = {name: re.sub(r"^\w+", lambda first: numbers[first[0]], name) for name in ours}
-        for names in ({name: name for name in ours}, numbered):  # {our name: its name in the file, without the prefix}
+        for names in (dict(zip(ours, ours)), numbered):  # {our name: its name in the file, without the prefix}
             for key in tensors:
                 prefix = key.removesuffix(names["conv1.weight"])
-                if prefix == key or prefix and not prefix.endswith("."):
+                if prefix == key or prefix[-1:] not in ("", "."):
                     continue
-                rest = [other.removeprefix(prefix) for other in tensors if other.startswith(prefix)]
-                present = {name for name in rest if re.match(r"(conv1|bn1|layer\d|[014567])\.", name)}
+                part = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+                shapes = {name: x.shape for name, x in part.items()
+                          if re.match(r"(conv1|bn1|layer\d|[014567])\.", name)}
                 # All of the tensors, and no others: those of a resnet18 are all in a resnet34.
-                if present == {*names.values()} and all(
-                        tensors[prefix + theirs].shape == ours[name] for name, theirs in names.items()):
-                    found[prefix] = {name: tensors[prefix + theirs] for name, theirs in names.items()}
+                if shapes == {theirs: ours[name] for name, theirs in names.items()}:
+                    found[prefix] = {name: part[theirs] for name, theirs in names.items()}
         if found:
-            backbone.load_state_dict(backbone.state_dict() | next(iter(found.values())))  # our num_batches_tracked stay
+            backbone.load_state_dict(next(iter(found.values())), strict=False)  # lacks only num_batches_tracked
             first, *others = (prefix.removesuffix(".") or "the one without a prefix" for prefix in found)
             if others:
                 print(f"{path} holds {len(found)} networks; taking {first}, not {', '.join(others)}; to probe another, "
@@ -242,11 +239,11 @@ def load_published(path, arch):
 
 
 def load_model(arguments):
-    """Returns (trained, untrained, config, whole_size, epoch); the networks are on the CPU.
+    """Returns (trained, untrained, config, whole_size, setting); the networks are on the CPU.
 
     config: the trained network's Config, overridden by the arguments. whole_size: the side that whole images are
-    resized to, or None. epoch: when the checkpoint was saved; None with --arch. If patches are resized, so is the whole
-    image: for a network trained at one scale by the same factor as they are, otherwise to the size of a patch.
+    resized to, None if patches are not resized. It keeps the objects' size for a network trained at one scale; for
+    others it is the patches' side. setting: what `save_row` shall say of them, with the checkpoint's epoch.
     """
     if arguments.arch:
         trained, epoch = torch.nn.Module(), None  # stands in for an Encoder, of which only the backbone is used
@@ -268,17 +265,19 @@ def load_model(arguments):
         side = bagssl.patch_side(config.image_size, config.image_size, scale)
         whole_size = round(config.image_size * config.patch_size / side)
     torch.manual_seed(config.seed)
-    untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()  # its BatchNorms change nothing
+    untrained = Encoder(config.arch, config.stem_stride, config.projector).eval()  # its BatchNorms are the identity
     if config.arch == "patchnet":  # its whitening layer is computed, not learned: both have it
         untrained.backbone.whiten.load_state_dict(trained.backbone.whiten.state_dict())
-    return trained, untrained.to(memory_format=torch.channels_last), config, whole_size, epoch
+    setting = dict(epoch=epoch, data=config.data, image_size=config.image_size, patch_scale=scale,
+                   patch_size=config.patch_size)
+    return trained, untrained.to(memory_format=torch.channels_last), config, whole_size, setting
 
 
 # ---- Command line ----------------------------------------------------------------------------------------------------
 
 
 def parse_arguments(parser):
-    """Parse this script's flags, which .github/claims.py takes, too; raises UserError on invalid ones."""
+    """Parse this script's flags, shared by .github/claims.py; raises UserError on invalid ones."""
     add = parser.add_argument
     add("--checkpoint", required=True, help="checkpoint.pt of a run of bagssl.py; with --arch, a published ResNet")
     add("--patches", type=int, nargs="+", default=[1, 4, 16], help="bag sizes, each a square number; default: 1 4 16")
@@ -294,8 +293,7 @@ def parse_arguments(parser):
     add("--test-images", type=int, default=0, help="test on at most this many; 0: all")
     add("--device", choices=["cuda", "mps", "cpu"], default=bagssl.DEVICE, help="default: the best available")
     arguments = parser.parse_args()
-    wrong = [n for n in arguments.patches if n < 1 or math.isqrt(n) ** 2 != n]
-    if wrong:
+    if wrong := [n for n in arguments.patches if n < 1 or math.isqrt(n) ** 2 != n]:
         raise UserError(f"a bag is a square grid of patches: --patches takes 1, 4, 9, 16, ..., not {wrong[0]}")
     if 0 < arguments.train_images < 10 or min(arguments.train_images, arguments.test_images) < 0:
         raise UserError("--train-images must be 0 (all) or at least 10, and --test-images 0 (all) or more")
@@ -331,7 +329,7 @@ def save_row(arguments, **row):
 def main():
     arguments = parse_arguments(argparse.ArgumentParser(
         usage="eval_linear.py --checkpoint FILE [FLAG VALUE ...]; --help lists the flags", allow_abbrev=False))
-    trained, untrained, config, whole_size, epoch = load_model(arguments)
+    trained, untrained, config, whole_size, setting = load_model(arguments)
     scale, size = config.patch_scale[0], config.patch_size or None
     device = bagssl.start_process(arguments.device)
     torch.set_float32_matmul_precision("highest")  # lower ones are too coarse for L-BFGS, and for cosines near 1
@@ -344,11 +342,9 @@ def main():
     names = {side: f"bag of {side ** 2}" if side > 1 else "one patch, the centre" for side in sides}
     embedders = {name: BagOfPatches(trained.backbone, side, scale, size) for side, name in names.items()}
     embedders["whole image, one pass"] = BagOfPatches(trained.backbone, 1, 1.0, whole_size)
-    side = min(sides, key=lambda side: abs(side ** 2 - 16))
+    side = min(sides, key=lambda s: abs(s ** 2 - 16))
     embedders[f"untrained, {names[side]}"] = BagOfPatches(untrained.backbone.to(device), side, scale, size)
     embedders["raw pixels"] = raw_pixels
-    setting = dict(show="probe", epoch=epoch, data=config.data, image_size=config.image_size, patch_scale=scale,
-                   patch_size=size, train_images=len(train_images), test_images=len(test_images))
     for name, embedder in embedders.items():
         train = embed(embedder, train_images, device, f"{name}, train").to(device)
         test = embed(embedder, test_images, device, f"{name}, test").to(device)
@@ -357,7 +353,7 @@ def main():
         row["knn_whitened"] = knn_probe(train, y, test, test_y)
         columns = [f"{key} {row[key]:5.2f} %" for key in ("top1", "top5", "knn", "knn_whitened") if key in row]
         print(f"{name:{max(map(len, embedders))}}", *columns, sep="  ", flush=True)
-        save_row(arguments, **setting, features=name, **row)
+        save_row(arguments, show="probe", **setting, train_images=len(y), test_images=len(test_y), features=name, **row)
 
 
 if __name__ == "__main__":

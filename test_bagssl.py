@@ -358,6 +358,8 @@ def test_a_folder_is_split_only_if_it_has_train_and_val_or_test(tmp_path):
     with pytest.raises(bagssl.UserError, match="has no test images"):
         load(root, "test")
     test = write_classes(root / "val", 2, "b")
+    for split in ("train", "val"):
+        write_image(root / split / ".ipynb_checkpoints/0.png")  # a hidden folder is not a class
     images, labels = load(root)
     assert torch.equal(images[[0, 3]], pixels[[0, 1]]) and labels.tolist() == [0, 0, 0, 1, 1, 1]
     images, labels = load(root, "test")
@@ -651,7 +653,7 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(tiny_run, tiny, tmp
     again = [*tiny, "--out", tiny_run.out]
     assert "6 of 6 epochs done" in run(*again)
     assert "holds a run with other settings (lr was 0.001, is 0.5)" in refused(*again, "--lr", 0.5)
-    assert "a run of 6 epochs; give as many" in refused(*again, "--epochs", 5)
+    assert "a run of 6 epochs; give at least as many" in refused(*again, "--epochs", 5)
     assert before == {path.name: path.read_bytes() for path in tiny_run.out.iterdir()}
     assert "fewer than a batch" in refused(*tiny, "--out", tmp_path / "new", "--batch-size", 64)
     assert not (tmp_path / "new").exists()  # so that the right command is not refused next

@@ -9,7 +9,7 @@
 parts: is the embedding of a whole image close to the mean embedding of its patches? locality: what do the
 embedding h and the projection z know about a patch? (draws RUN/neighbours.png) cooccurrence: are gratings that occur
 together close in z? votes: which patches of a bag decide? (draws RUN/votes.png) Each adds its rows to RUN/eval.jsonl.
-Only parts and votes use --patches, votes the largest; only votes uses training images.
+parts uses --patches, and votes its largest; only votes uses training images.
 """
 
 import argparse
@@ -27,8 +27,7 @@ import eval_linear
 import pictures
 from bagssl import BagOfPatches, UserError
 
-# --------------------------------------------------------------------------------------------------
-# The whole is the average of its parts (the paper's section 4.3)
+# ---- The whole is the average of its parts (the paper's section 4.3) -------------------------------------------------
 
 
 def cosine_to_parts(whole, bag, labels):
@@ -41,8 +40,8 @@ def cosine_to_parts(whole, bag, labels):
     """
     sizes = torch.bincount(labels)
     if sizes.max() < 2 or (sizes > 0).sum() < 2:
-        raise UserError(f"comparing within and across classes takes two classes, and two images in one of them; these "
-                        f"{len(labels)} images are of {(sizes > 0).sum()} class(es): give more --test-images")
+        raise UserError(f"parts compares images within and across classes: it needs two classes, one of them with two "
+                        f"images, but these {len(labels)} are of {(sizes > 0).sum()}; give more --test-images")
     whole, bag = (F.normalize(x - x.mean(0)) for x in (whole, bag))
     size = sizes[labels]  # (N,), of each image's class
     own = (whole * bag).sum(1)
@@ -74,11 +73,9 @@ def show_parts(arguments, trained, untrained, config, whole_size):
     return results
 
 
-# --------------------------------------------------------------------------------------------------
-# Locality in the patch, invariance in the image (the paper's section 4.4)
-#
-# A patch is cut and coloured by eleven uniform random numbers (see bagssl.py). Five of them are
-# predicted linearly, from h and from z.
+# ---- Locality in the patch, invariance in the image (the paper's section 4.4) ----------------------------------------
+# A patch is cut and coloured by eleven uniform random numbers (see bagssl.py). Five are predicted linearly, from h and
+# from z.
 
 FACTORS = {"top": 0, "left": 1, "brightness": 5, "hue": 8, "saturation": 7}  # their places among the eleven
 
@@ -114,7 +111,7 @@ def ridge_r2(train, train_targets, test, test_targets, strengths=(1e-3, 1e-2, 1e
 
 
 def locality(encoder, images, labels, scale, size, seed=0):
-    """What h and z know about a patch, and about a bag of 16 with colours changed alike: {name: {factor: value}}.
+    """What h and z know about a patch, and about a bag of 16, its colours changed in one way: {name: {factor: value}}.
 
     images: uint8 (N, 3, S, S); a random half of them to fit, the other half to test. Position, brightness,
     hue and saturation: R^2 of a ridge regression. Class: accuracy of a linear probe, in [0, 1].
@@ -175,22 +172,22 @@ def show_locality(arguments, trained, untrained, config, _):
     images, labels = eval_linear.load_split(config, arguments, "test")
     if len(images) < 20:
         raise UserError(f"locality fits regressions, for which {len(images)} images are too few; give 20 or more")
-    results, factors = locality(trained, images, labels, scale, size), [*FACTORS, "class"]
+    factors = [*FACTORS, "class"]
+    results = locality(trained, images, labels, scale, size)
     control = locality(untrained, images, labels, scale, size)
     results |= {f"untrained, {name}": values for name, values in control.items()}
     print("\n" + " " * 23 + "".join(f"{factor:>11}" for factor in factors))
     for name, values in results.items():
         print(f"{name:23}" + "".join(f"{values[factor]:11.3f}" if factor in values else " " * 11 for factor in factors))
-    picture = Path(arguments.checkpoint).parent / "neighbours.png"
+    picture = Path(arguments.checkpoint).with_name("neighbours.png")
     draw_neighbours(picture, trained, images, scale, size)
     print(f"R^2 of a ridge regression on held-out images; class: accuracy of a linear probe\n"
           f"nearest neighbours drawn in {picture}")
     return [{"features": name, **values} for name, values in results.items()]
 
 
-# --------------------------------------------------------------------------------------------------
-# Inner products in z tell what occurs together (the paper's section 3): checked in the demo, where
-# the truth is known
+# ---- Inner products in z show what occurs together (the paper's section 3) -------------------------------------------
+# Checked in the demo, where the truth is known.
 
 
 def grating_similarity(encoder, image_size, size=None, count=400):
@@ -221,9 +218,9 @@ def show_cooccurrence(arguments, trained, untrained, config, _):
     return [{"features": name, "correlation": value} for name, value in results.items()]
 
 
-# --------------------------------------------------------------------------------------------------
-# Votes: a linear probe of a mean is the mean of a linear probe, w.mean(h) + b = mean(w.h + b). So a
-# bag's scores are the mean of its patches' scores, and each patch has a vote
+# ---- Votes -----------------------------------------------------------------------------------------------------------
+# A linear probe of a mean is the mean of a linear probe: w.mean(h) + b = mean(w.h + b). So a bag's scores are the mean
+# of its patches' scores, and each patch has a vote.
 
 
 @torch.no_grad()
@@ -263,7 +260,7 @@ def colour(votes, most):
 
 
 def apart(votes, per_side, count=6):
-    """The places of `count` strong votes of (per_side^2,): by turns the strongest left, a quarter of the grid apart."""
+    """Indices of `count` strong votes of (per_side^2,), a quarter of the grid apart: by turns the strongest left."""
     y, x = torch.meshgrid(torch.arange(per_side), torch.arange(per_side), indexing="ij")
     remaining, found = votes.view(per_side, per_side).clone(), []
     for _ in range(count):
@@ -279,8 +276,8 @@ def draw_votes(path, images, labels, votes, names, scale, size, count=2, seed=0)
     A row: the image; a map of the votes for the class decided for; one for the true class or, if that was the decision,
     the second best; their difference; and six patches that vote strongly for the decision.
     """
-    scores, generator = votes.mean(1), torch.Generator().manual_seed(seed)
-    best, second = scores.topk(2, dim=1).indices.T
+    generator = torch.Generator().manual_seed(seed)
+    best, second = votes.mean(1).topk(2, dim=1).indices.T
     per_side, rows = math.isqrt(votes.shape[1]), []
     for right in (True, False):
         among = torch.nonzero((best == labels) == right).flatten()
@@ -306,7 +303,7 @@ def show_votes(arguments, trained, untrained, config, _):
     features = eval_linear.embed(bag, train, device, f"bag of {per_side ** 2}, train").to(device)
     probe, _ = eval_linear.fit_probe(features, labels.to(device))
     images, labels = eval_linear.load_split(config, arguments, "test")
-    if not 1 < labels.max() + 1 <= probe.shape[1]:
+    if not max(2, labels.max() + 1) <= probe.shape[1]:
         raise UserError("votes needs two classes or more, all of them among the training images")
     votes, scores = votes_of(trained, probe, images, scale, size)
     decision, halves = scores.argmax(1), split_by_agreement(votes)
@@ -327,8 +324,7 @@ def show_votes(arguments, trained, untrained, config, _):
     return [row]
 
 
-# --------------------------------------------------------------------------------------------------
-# Command line
+# ---- Command line ----------------------------------------------------------------------------------------------------
 
 CLAIMS = {"parts": show_parts, "locality": show_locality, "cooccurrence": show_cooccurrence, "votes": show_votes}
 
@@ -338,14 +334,13 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claim", choices=CLAIMS)
     arguments = eval_linear.parse_arguments(parser)
-    trained, untrained, config, whole_size, epoch = eval_linear.load_model(arguments)
+    trained, untrained, config, whole_size, setting = eval_linear.load_model(arguments)
     if arguments.arch and arguments.claim in ("locality", "cooccurrence"):
         raise UserError(f"{arguments.claim} needs the projection z, which this checkpoint lacks; give one saved by "
                         f"bagssl.py")
     device = bagssl.start_process(arguments.device)
     torch.set_float32_matmul_precision("highest")  # as in eval_linear.py
-    setting = dict(show=arguments.claim, epoch=epoch, data=config.data, image_size=config.image_size,
-                   patch_scale=config.patch_scale[0], patch_size=config.patch_size)
+    setting |= {"show": arguments.claim, "test_images": arguments.test_images or "all"}
     for row in CLAIMS[arguments.claim](arguments, trained.to(device), untrained.to(device), config, whole_size):
         eval_linear.save_row(arguments, **setting, **row)
 

@@ -6,7 +6,7 @@
     python .github/peers.py kmeans --centres 4000    # k-means on patches of 6 x 6 pixels, no network
 
 `lightly`: loss, head, transform and optimiser are lightly's; their settings are those of solo-learn for VICReg on
-CIFAR-10, whose 1,000 epochs reach 92 %, but for a batch of 128 images instead of 256, for more steps in a short time.
+CIFAR-10, whose 1,000 epochs reach 92 %, except batches of 128 images, not 256, for more steps in a short time.
 The learning rate falls to zero at the end of the given time. The network computes in bfloat16 where bagssl.py's does.
 As there, batch normalisation's statistics are re-estimated on plain images at the end. The whole image's embedding is
 probed as by eval_linear.py.
@@ -33,8 +33,7 @@ import eval_linear
 CPU = torch.device("cpu")
 
 
-# --------------------------------------------------------------------------------------------------
-# Whole images, with lightly
+# ---- Whole images, with lightly --------------------------------------------------------------------------------------
 
 
 def crops(transform, images):
@@ -58,7 +57,7 @@ def whole_images(arguments, train, labels, test, test_labels):
     backbone = bagssl.make_backbone("resnet18", 1).to(memory_format=torch.channels_last)  # a stem for 32 x 32 pixels
     head, criterion = BarlowTwinsProjectionHead(512, 2048, 2048), VICRegLoss()  # the two methods' heads are the same
     decayed, others = get_weight_decay_parameters([backbone, head])
-    groups = [{"params": decayed, "weight_decay": 1e-4}, {"params": others}]  # without decay, LARS does not scale
+    groups = [{"params": decayed, "weight_decay": 1e-4}, {"params": others}]  # LARS scales only what decays
     peak = 0.3 * B / 256
     optimizer = LARS(groups, lr=peak, momentum=0.9, trust_coefficient=0.02)
     begun, steps, done = time.time(), 0, 0.0
@@ -87,8 +86,7 @@ def whole_images(arguments, train, labels, test, test_labels):
     print(f"lightly, {2 * B * steps:,} crops: top1 {row['top1']:.2f} %, knn {row['knn']:.2f} %")
 
 
-# --------------------------------------------------------------------------------------------------
-# k-means
+# ---- k-means ---------------------------------------------------------------------------------------------------------
 
 SIDE = 6  # of a block, in pixels
 
@@ -116,7 +114,9 @@ def triangle_features(images, whitening, mean, centres, batch=2):
 
 
 def fit_svm(features, labels, classes, cost, iterations=300, block=8192):
-    """One-against-all support vector machines: minimise |W|^2 / 2 + cost * mean over images of the squared hinges' sum.
+    """One-vs-rest support vector machines: minimise |W|^2 / 2 + cost * mean over images of the sum of squared hinges.
+
+    scikit-learn's LinearSVC minimises the same, but copies the features, 50,000 x 16,000, in float64.
 
     features: standardised (N, D); labels: int64 (N,). Returns (D + 1, classes); the last row is the bias, also decayed.
     """

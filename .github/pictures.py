@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draw the README's pictures, beside this file: python .github/pictures.py data/imagenette"""
+"""Draw method.png and demo.png, beside this file: python .github/pictures.py data/imagenette"""
 
 import sys
 from pathlib import Path
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 
 def enlarged(image, height):
-    """An image, uint8 or float in [0, 1] (3, h, w), as a PIL image of that height, its pixels left visible."""
+    """An image, uint8 or float in [0, 1] (3, h, w), as a PIL image of that height, not smoothed."""
     image = to_pil_image(image)
     return image.resize((round(image.width * height / image.height), height), Image.Resampling.NEAREST)
 
@@ -131,9 +131,9 @@ def draw_method(image, scale=0.0625):
 
 def main():
     if len(sys.argv) != 2:
-        raise bagssl.UserError("give a folder of images, Imagenette's")
+        raise bagssl.UserError("give the folder of Imagenette")
     images, _ = bagssl.load_images(sys.argv[1], "train", 128)
-    draw_method(images[5000] / 255)  # an image with an object before a ground
+    draw_method(images[5000] / 255)  # an object before a plain background
     demo, labels, _ = bagssl.demo_images(200, 80, seed=0)
     chosen = torch.cat([demo[labels == label][:2] for label in range(10)])
     save_image(chosen / 255, HERE / "demo.png", nrow=10, padding=4, pad_value=1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Draw accuracy.png and curve.png, beside this file, from the tables of RESULTS.md; needs matplotlib.
+"""Draw accuracy.png and curve.png, beside this file, mostly from tables of RESULTS.md; needs matplotlib.
 
     python .github/plots.py
     python .github/plots.py runs/cifar10-cpu/log.jsonl    # and learning.png, from the log of a run
@@ -56,7 +56,7 @@ def draw_accuracy():
         axis.errorbar(BAGS.values(), means, spread, fmt="o-", capsize=4, color=colour, label=f"{training}: bag")
         whole = sum(float(row["all pixels"]) for row in seeds) / len(seeds)
         axis.axhline(whole, color=colour, ls="--", label=f"{training}: whole image, all pixels")
-        if training == "fixed scale":  # both trainings begin from the same untrained network
+        if training == "fixed scale":  # both runs start from the same untrained network
             untrained = sum(float(row["untrained, 16"]) for row in seeds) / len(seeds)
             axis.plot(16, untrained, "kx", label="untrained: bag of 16")
     save(figure, "accuracy", 3)
@@ -72,12 +72,13 @@ def draw_curve():
         axis.plot(pflop, [float(row[column]) for row in rows], "o-", color=colour, label=f"bag of 16, {name}")
     published = [(row["on CIFAR-10"], row["PFLOP"].split(" to "), float(row["accuracy"]))
                  for row in table("Published figures", "on CIFAR-10")]
-    for name, style in (("EMP-SSL", "s:"), ("VICReg on two crops", "^:")):
-        points = [(float(pflop[0]), top1) for its, pflop, top1 in published if its == name]
+    for name, style in (("EMP-SSL", "s:"), ("VICReg on two crops", "^")):
+        points = [(float(pflop[0]), top1) for method, pflop, top1 in published if method == name]
         axis.plot(*zip(*points), style, color="tab:red", label=f"{name}, linear probe")
-    label = "EMP-SSL, for few epochs, linear probe"
-    for pflop, top1 in [(pflop, top1) for its, pflop, top1 in published if its == "EMP-SSL, for few epochs"]:
-        axis.plot([*map(float, pflop)], [top1] * len(pflop), "s-", color="tab:red", mfc="white", lw=1, label=label)
+    for method, pflop, top1 in published:
+        if method == "EMP-SSL, for few epochs":
+            axis.plot([*map(float, pflop)], [top1] * len(pflop), "s-", color="tab:red", mfc="white", lw=1,
+                      label=f"{method}, linear probe")
     for top1, style, label in ((79.6, "--", "k-means on patches, 2011, linear classifier"),
                                (81.1, "-.", "sparse manifold transform, 2022, kNN"),
                                (85.5, ":", "16,000 whitened patches, 2021, trained bottleneck")):
@@ -101,7 +102,7 @@ def draw_learning(path):
             axis.plot(patches, values, lw=1, alpha=0.3 if name == "probe" else 1, label=name)
         axis.set(title=title, xlabel="million patches")
         axis.grid(alpha=0.3)
-    probe, width = axes[1].lines[0].get_ydata(), min(20, len(entries))  # noisy, as it is of one batch: a running mean
+    probe, width = axes[1].lines[0].get_ydata(), min(20, len(entries))  # of one batch each, so noisy: a running mean
     axes[1].plot(patches[width - 1:], np.convolve(probe, np.ones(width) / width, "valid"), "C0")
     axes[0].set(ylim=(0, None))
     axes[0].legend(fontsize=8)
@@ -111,5 +112,5 @@ def draw_learning(path):
 if __name__ == "__main__":
     draw_accuracy()
     draw_curve()
-    for path in sys.argv[1:]:
-        draw_learning(path)
+    if sys.argv[1:]:
+        draw_learning(sys.argv[1])
