@@ -43,19 +43,13 @@ TINY = ["--image-size", "40", "--patch-scale", "0.0625", "--batch-size", "8", "-
         "--projector", "16", "16", "16", "--lr", "1e-3", "--device", "cpu", "--save-every", "0"]
 
 
-def start(*arguments, launcher=(), **environment):
-    """Start Python as a user does, in the repository."""
-    return subprocess.Popen([sys.executable, *launcher, *map(str, arguments)], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=HERE,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
-
-
-def command(*arguments, code=0, **more):
-    """Run Python as a user does; it must end with the exit code. Returns what it printed to stdout and to stderr."""
-    process = start(*arguments, **more)
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == code, error
-    return out, error
+def command(*arguments, launcher=(), code=0, **environment):
+    """Run Python as a user does, in the repository; it must end with the exit code. Returns its stdout and stderr."""
+    ended = subprocess.run([sys.executable, *launcher, *map(str, arguments)], text=True, capture_output=True, cwd=HERE,
+                           stdin=subprocess.DEVNULL, timeout=300,
+                           env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    assert ended.returncode == code, ended.stderr
+    return ended.stdout, ended.stderr
 
 
 def torchrun(processes, *more):
@@ -96,7 +90,7 @@ def refused(run, capsys):
 def setting(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(bagssl, "LOG_EVERY", 1)
-    torch.set_num_threads(1)  # as in `start`: sums in another order are not equal to the bit
+    torch.set_num_threads(1)  # as in `command`: sums in another order are not equal to the bit
 
 
 def noise(*shape):
@@ -227,19 +221,9 @@ def test_whitening_makes_blocks_of_pixels_white():
     assert_close(torch.cov(maps.transpose(0, 1).flatten(1)), torch.eye(27).double(), atol=0.01, rtol=0)
     damped = bagssl.whitening_filters(images, epsilon=0.5).flatten(1).norm(dim=1).max()
     assert damped < 1 / math.sqrt(0.5) + 1e-3  # no axis is amplified by more than 1 / sqrt(epsilon)
-    many = noise(2000, 3, 32, 32)  # so many that only every second is used
-    assert torch.equal(bagssl.whitening_filters(many), bagssl.whitening_filters(many[::2]))
 
 
 one_graph = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)  # a break raises
-
-
-def check_that_one_graph_gives_the_same(encoder, x):
-    weights, results = [p for p in encoder.parameters() if p.requires_grad], []
-    for network in (encoder, one_graph(encoder)):
-        h, z = network(x)
-        results.append((h, z, *torch.autograd.grad((z * h[:, :8]).sum(), weights)))
-    assert_close(*results)
 
 
 @pytest.mark.parametrize("arch, scale, size", [("resnet18", (0.25,), 0), ("patchnet", (0.08, 1.0), 12)])
@@ -250,14 +234,8 @@ def test_views_and_encoder_are_one_graph_each(arch, scale, size):
     patches = bagssl.crop_patches(images, u[..., :3], scale if size else scale[0], size or None)
     assert_close(x, bagssl.normalize(bagssl.augment(patches / 255, u[..., 3:])).flatten(0, 1))
     assert_close(one_graph(bagssl.training_views)(images, u, config), x)
-    check_that_one_graph_gives_the_same(bagssl.Encoder(arch, 1, (8, 8, 8)).double(), x.double())
-
-
-def test_normalize_takes_bytes_and_floats():
-    images = noise(2, 3, 5, 5)
-    expected = TF.normalize(images / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    assert_close(bagssl.normalize(images), expected)
-    assert_close(bagssl.normalize(images / 255), expected)
+    encoder, x = bagssl.Encoder(arch, 1, (8, 8, 8)).double(), x.double()
+    assert_close(one_graph(encoder)(x), encoder(x))
 
 
 def pairwise_vicreg(z, inv_weight=25.0, var_weight=25.0, cov_weight=1.0, eps=1e-4):
@@ -292,33 +270,23 @@ def test_vicreg_loss_is_float32_under_autocast():
     assert loss.requires_grad and not any(term.requires_grad for term in terms.values())
 
 
-def test_vicreg_loss_makes_no_square_of_the_width():
-    z = torch.randn(4, 2, 30_000, requires_grad=True)  # a D x D matrix would hold 3.6 GB
-    with torch.profiler.profile(profile_memory=True) as profile:
-        bagssl.vicreg_loss(z)[0].backward()
-    assert 1e5 < max(event.cpu_memory_usage for event in profile.events()) < 20e6
-
-
 @pytest.mark.parametrize("width", [1, 2, 3])
 def test_vicreg_spans_the_leading_eigenvectors_of_co_occurrence(width):
-    """In a world of 12 symbols in 4 classes, whose 4,001 pairs occur exactly as often as their probability says: no
-    sampling blurs what the loss finds. The covariance weight must keep two dimensions from sharing an eigenvector; the
-    default, 1, is too small here."""
+    """Pairs of 12 symbols occur exactly as often as their probability says: no sampling blurs what is found."""
     classes = torch.rand(4, 12, dtype=torch.float64) ** 6
     classes = classes / classes.sum(1, keepdim=True)
     counts = (1000 * classes.T @ classes).round().long()
     pairs = torch.cartesian_prod(torch.arange(12), torch.arange(12)).repeat_interleave(counts.flatten(), 0)
     joint = counts / counts.sum().double()
     p = joint.sum(1)
-    values, vectors = torch.linalg.eigh(joint / (p[:, None] * p).sqrt())  # in ascending order
-    assert values[[-1, -4, -5]].tolist() == pytest.approx([1, 0.48, 0.01], abs=0.01)  # trivial, the last of three, rest
+    vectors = torch.linalg.eigh(joint / (p[:, None] * p).sqrt()).eigenvectors  # in ascending order of the values
     z = torch.randn(12, width, dtype=torch.float64).requires_grad_()
     optimizer = torch.optim.LBFGS([z], max_iter=3000, tolerance_grad=1e-12, tolerance_change=1e-16, history_size=50,
                                   line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss, _ = bagssl.vicreg_loss(z[pairs], cov_weight=25.0)
+        loss, _ = bagssl.vicreg_loss(z[pairs], cov_weight=25.0)  # with 1, two dimensions may share an eigenvector
         loss.backward()
         return loss
 
@@ -338,7 +306,8 @@ def test_bag_is_the_mean_over_a_loop_also_in_blocks(per_side, scale, size, monke
     in_float32(monkeypatch)
     backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).requires_grad_(False)
     images, bag = noise(300, 3, 20, 24), bagssl.BagOfPatches(backbone, per_side, scale, size)
-    patches = bagssl.normalize(bagssl.grid_patches(images, per_side, scale, size))
+    patches = TF.normalize(bagssl.grid_patches(images, per_side, scale, size) / 255, [0.485, 0.456, 0.406],
+                           [0.229, 0.224, 0.225])
     expected = sum(backbone(patches[:, v]) for v in range(per_side ** 2)) / per_side ** 2
     found = [bag(images), eval_linear.embed(bag, images, torch.device("cpu"))]
     for h in found if size else (*found, bag(images / 255)):  # bytes are rounded when resized
@@ -352,7 +321,7 @@ def load(folder, split="train", size=40):
     return bagssl.load_images(folder, split, size, cache=Path(folder).parent / "cache")
 
 
-def test_a_folder_is_split_only_if_it_has_train_and_val_or_test(tmp_path):
+def test_a_folder_is_split_only_if_it_has_train_and_val_or_test(tmp_path, monkeypatch):
     pixels, root = write_classes(tmp_path / "split/train", 6), tmp_path / "split"
     assert load(root)[1] is None and len(load(root)[0]) == 6  # no test images: a folder of whatever it holds
     with pytest.raises(bagssl.UserError, match="has no test images"):
@@ -367,19 +336,14 @@ def test_a_folder_is_split_only_if_it_has_train_and_val_or_test(tmp_path):
     write_image(root / "val/zebra/0.png")
     with pytest.raises(bagssl.UserError, match="val/zebra is not one of the class folders in"):
         load(root, "test")
-    for split in ("val", "Test", None):
-        with pytest.raises(bagssl.UserError, match="must be train or test, not"):
-            load(root, split)
+    with pytest.raises(bagssl.UserError, match="must be train or test, not"):
+        load(root, "val")
     write_classes(tmp_path / "vehicles", 12, ["bus", "car", "train", "ship"])  # a class that is called train
     assert len(load(tmp_path / "vehicles")[0]) == 12
-
-
-def test_a_folder_that_cannot_be_read_is_not_skipped(tmp_path, monkeypatch):
-    write_classes(tmp_path / "photos", 4)
-    scandir = os.scandir  # which cannot be denied to root: so the folder is gone when it is read
-    monkeypatch.setattr(os, "scandir", lambda path: scandir(str(path).replace("photos/b", "gone")))
+    scandir = os.scandir  # which cannot be denied to root: so a folder is gone when it is read
+    monkeypatch.setattr(os, "scandir", lambda path: scandir(str(path).replace("vehicles/bus", "gone")))
     with pytest.raises(bagssl.UserError, match="cannot read .*gone .No such file"):
-        load(tmp_path / "photos")
+        load(tmp_path / "vehicles")
 
 
 def test_a_folder_is_decoded_once_and_again_if_the_file_is_cut(tmp_path, capsys):
@@ -404,8 +368,7 @@ def test_a_folder_is_decoded_once_and_again_if_the_file_is_cut(tmp_path, capsys)
 def test_killed_while_decoding_or_beside_another_run_no_file_stays(tmp_path, monkeypatch):
     """A run killed at its third image leaves one file, which the next takes; two at once end with the right pixels."""
     pixels, cache = write_classes(tmp_path / "photos", 6, "a"), tmp_path / "cache"
-    monkeypatch.setattr(bagssl, "ThreadPoolExecutor", lambda: Mock(
-        __enter__=lambda pool: types.SimpleNamespace(map=map), __exit__=lambda *_: None))  # in order
+    monkeypatch.setattr(bagssl, "ThreadPoolExecutor", lambda: bagssl.contextlib.nullcontext(Mock(map=map)))  # in order
     usual, read = bagssl.ImageOps.fit, itertools.count(1)
 
     def decode(*arguments):
@@ -495,17 +458,15 @@ def test_cifar_is_torchvisions_or_refused(tmp_path, offline, monkeypatch):
 
 def test_demo_gratings_have_the_probabilities_of_their_classes():
     images, labels, gratings = bagssl.demo_images(20_000, 5, seed=3)  # cells of one pixel
-    world = bagssl.demo_probabilities().double()
-    assert world.shape == (10, 24) and torch.allclose(world.sum(1), torch.ones(10).double())
+    world = bagssl.demo_probabilities()
+    assert world.shape == (10, 24) and torch.allclose(world.sum(1), torch.ones(10))
+    assert world.amax(0).sum() / 10 == pytest.approx(0.575)  # the best guess from one cell
     for label in range(10):
         drawn = gratings[labels == label].flatten().bincount(minlength=24) / (25 * (labels == label).sum())
         assert (drawn - world[label]).abs().max() < 0.01
-    guess = world.argmax(0)[gratings[:, 12]]  # the best guess from one cell
-    assert abs((guess == labels).double().mean() - 0.575) < 0.015
-    evidence = world.log()[:, gratings].sum(-1).argmax(0)
-    assert (evidence == labels).double().mean() > 0.98
-    small, again = (bagssl.demo_images(4, 80, seed=3)[0] for _ in range(2))
-    assert torch.equal(small, again) and small.shape == (4, 3, 80, 80) and small.float().std() > 20
+    evidence = world.log()[:, gratings].sum(-1).argmax(0)  # of all cells, which are independent
+    assert (evidence == labels).float().mean() > 0.98
+    assert torch.equal(bagssl.demo_images(20_000, 5, seed=3)[0], images)
     train, test = (bagssl.load_images("demo", split, 10)[0] for split in ("train", "test"))
     assert (len(train), len(test)) == (1600, 1000) and not torch.equal(train[:1000], test)
 
@@ -513,17 +474,14 @@ def test_demo_gratings_have_the_probabilities_of_their_classes():
 def test_a_demo_cell_shows_its_grating():
     """The strongest frequency of a cell's spectrum is that of the grating, wherever its noise allows to tell."""
     images, _, gratings = bagssl.demo_images(200, 160, seed=0)
-    cells = bagssl.grid_patches(images, 5, 0.04).float().sum(2)  # (200, 25, 32, 32)
-    spectrum = torch.fft.fft2(cells - cells.mean((-2, -1), keepdim=True)).abs()
-    f = torch.fft.fftfreq(32) * 32
-    fy, fx = f[:, None].expand(32, 32).flatten(), f.expand(32, 32).flatten()
-    own = gratings.flatten()
-    best = spectrum.flatten(2).argmax(2).flatten()
-    waves, angle = torch.hypot(fx, fy)[best], torch.atan2(fy, fx)[best] % math.pi
+    cells, own = bagssl.grid_patches(images, 5, 0.04).float().sum(2).flatten(0, 1), gratings.flatten()  # (5000, 32, 32)
+    best = torch.fft.fft2(cells - cells.mean((-2, -1), keepdim=True)).abs().flatten(1).argmax(1)
+    f = torch.fft.fftfreq(32, 1 / 32)
+    wave = torch.complex(f[best % 32], f[best // 32])
     high = own % 4 == 3  # 3.4 waves in a cell: the spectrum's steps are fine enough
-    error = (angle - math.pi / 12 * (own // 4)).abs()
-    assert (torch.minimum(error, math.pi - error)[high] < 0.25).float().mean() > 0.9
-    assert waves[high].median() == pytest.approx(1.5 ** 3, abs=0.5) and waves[own % 4 == 0].median() < 1.6
+    error = (wave.angle() - math.pi / 12 * (own // 4)).sin().abs()  # of the line's direction, either way along it
+    assert (error[high] < 0.25).float().mean() > 0.9
+    assert wave.abs()[high].median() == pytest.approx(1.5 ** 3, abs=0.5) and wave.abs()[own % 4 == 0].median() < 1.6
 
 
 # ------------------------------------------------------------------------------------------------------------- Runs
@@ -578,17 +536,8 @@ def same_weights(run, other):
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-def epoch_of(run_seed, epoch, images, B=8, V=2):
-    """An epoch's batches and their numbers, as the docstrings say that they are drawn."""
-    generator = torch.Generator().manual_seed(1_000_000 * run_seed + epoch)
-    order = torch.randperm(len(images), generator=generator)
-    for i in range(len(images) // B):
-        yield order[B * i:B * (i + 1)], torch.rand(B, V, 11, generator=generator)
-
-
 def test_training_is_this_loop(tiny_run, tiny, out, run, monkeypatch):
-    """Every number logged, the last weights, and the statistics saved with them, against the method written out, with
-    an optimiser written by hand."""
+    """Every number logged, the last weights, and the statistics saved with them, against the method by hand."""
     in_float32(monkeypatch)
     printed = run(*tiny, "--epochs", 2, "--lr", 0.01, "--clip", 40, "--weight-decay", 0.1, "--seed", 3,
                   "--inv-weight", 10, "--var-weight", 20, "--cov-weight", 3, "--warmup", 0.3)
@@ -598,7 +547,11 @@ def test_training_is_this_loop(tiny_run, tiny, out, run, monkeypatch):
     encoder.backbone.whiten.weight.copy_(bagssl.whitening_filters(images))
     weights = [p for p in encoder.parameters() if p.requires_grad]
     first, momenta, log = [p.detach().clone() for p in weights], [0] * len(weights), read_log(out)
-    steps = [step for epoch in (0, 1) for step in epoch_of(3, epoch, images)]
+    steps = []
+    for epoch in (0, 1):  # as the docstrings say that they are drawn
+        generator = torch.Generator().manual_seed(3_000_000 + epoch)
+        order = torch.randperm(26, generator=generator)
+        steps += [(order[8 * i:8 * i + 8], torch.rand(8, 2, 11, generator=generator)) for i in range(3)]
     for step, (entry, (chosen, u)) in enumerate(zip(log, steps, strict=True)):
         patches = bagssl.augment(bagssl.crop_patches(images[chosen], u[..., :3], 0.0625) / 255, u[..., 3:])
         h, z = encoder(bagssl.normalize(patches).flatten(0, 1))
@@ -619,31 +572,22 @@ def test_training_is_this_loop(tiny_run, tiny, out, run, monkeypatch):
     for p, expected, start in zip(found, weights, first, strict=True):
         assert (p - expected).norm() < 0.02 * (expected - start).norm()
     convolution, normalisation, *_ = trained.backbone.layers  # its statistics are of patches that are not augmented
-    batches = list(epoch_of(3, 0, images))
-    cuts = [bagssl.crop_patches(images[chosen], u[..., :3], 0.0625).flatten(0, 1) for chosen, u in batches]
+    cuts = [bagssl.crop_patches(images[chosen], u[..., :3], 0.0625).flatten(0, 1) for chosen, u in steps[:3]]
     maps = [convolution(trained.backbone.whiten(bagssl.normalize(cut)).relu()).detach().transpose(0, 1).flatten(1)
             for cut in cuts]
     assert_close(normalisation.running_mean, sum(x.mean(1) for x in maps) / len(maps), rtol=1e-3, atol=1e-3)
     assert_close(normalisation.running_var, sum(x.var(1) for x in maps) / len(maps), rtol=1e-3, atol=1e-3)
     assert "26 images with labels from" in printed and "step 6 of 6, 0:00:00 left:  loss" in printed
-    assert "python eval_linear.py --checkpoint" in printed
 
 
 def test_the_online_probe_learns_and_changes_no_weight(tiny_run, tiny, out, run, monkeypatch, tmp_path):
-    assert "probe" in read_log(tiny_run.out)[-1]
     usual = bagssl.load_images
     monkeypatch.setattr(bagssl, "load_images", lambda *arguments: (usual(*arguments)[0], None))
     assert re.search(r"probe \d", tiny_run.printed) and not re.search(r"probe \d", run(*tiny))
     assert "probe" not in read_log(out)[-1] and same_weights(out, tiny_run.out)
-
-    class TellsTheClass(bagssl.Encoder):
-        def forward(self, x):
-            h, z = super().forward(x)
-            return (x.mean((1, 2, 3))[:, None] * torch.ones(2048)).detach() + 0 * h, z
-
-    monkeypatch.setattr(bagssl, "Encoder", TellsTheClass)
-    dark = noise(48, 3, 40, 40) // torch.tensor([1, 9])[torch.arange(48) % 2, None, None, None]
-    monkeypatch.setattr(bagssl, "load_images", lambda *_: (dark, torch.arange(48) % 2))
+    labels = torch.arange(48) % 2
+    images = noise(48, 3, 40, 40) // (1 + 8 * labels)[:, None, None, None]  # every second one is dark
+    monkeypatch.setattr(bagssl, "load_images", lambda *_: (images, labels))
     run(*tiny, "--out", tmp_path / "knows", "--epochs", 20)
     assert np.mean(read_log(tmp_path / "knows", "probe")[-20:]) > 80
 
@@ -668,19 +612,17 @@ def test_a_finished_run_is_left_alone_and_another_is_refused(tiny_run, tiny, tmp
 
 def test_two_runs_in_one_folder_lose_nothing(tiny_run, tiny, out, refused, run, monkeypatch):
     """The second, with other settings, is refused from the first step on; with the same, it makes the same files."""
-    usual, told = bagssl.training_views, []
+    usual = bagssl.vicreg_loss
 
     def second_run_starts(*arguments):
-        monkeypatch.setattr(bagssl, "training_views", usual)
-        if not told:
-            told.append(refused(*tiny, "--seed", 1))
-            assert "0 of 6 epochs done" in run(*tiny)
+        monkeypatch.setattr(bagssl, "vicreg_loss", usual)
+        assert "seed was 0, is 1" in refused(*tiny, "--seed", 1)
+        assert "0 of 6 epochs done" in run(*tiny)
         return usual(*arguments)
 
-    monkeypatch.setattr(bagssl, "training_views", second_run_starts)
+    monkeypatch.setattr(bagssl, "vicreg_loss", second_run_starts)
     run(*tiny)
-    assert "seed was 0, is 1" in told[0] and same_weights(out, tiny_run.out)
-    assert not [*out.glob(".*")]
+    assert bagssl.vicreg_loss is usual and same_weights(out, tiny_run.out) and not [*out.glob(".*")]
 
 
 def test_a_run_goes_on_to_more_epochs(tiny_run, tiny, out, run):
@@ -711,15 +653,9 @@ def test_killed_three_times_a_run_ends_as_if_it_had_not_been(tiny_run, tiny, out
 
 @pytest.mark.parametrize("bad_step", [9, 10])  # the last of an epoch, after which it would be saved; another
 def test_bad_numbers_stop_a_run_and_leave_its_checkpoint(tiny, out, bad_step, monkeypatch, refused):
-    forward, steps = bagssl.Encoder.forward, itertools.count(1)
-
-    def bad(encoder, x):
-        h, z = forward(encoder, x)
-        if next(steps) == bad_step:
-            z.register_hook(lambda gradient: gradient * math.nan)
-        return h, z
-
-    monkeypatch.setattr(bagssl.Encoder, "forward", bad)
+    usual, steps = bagssl.vicreg_loss, itertools.count(1)
+    monkeypatch.setattr(bagssl, "vicreg_loss", lambda z, *weights: usual(
+        z + (z - z).sqrt() if next(steps) == bad_step else z, *weights))  # finite, but its gradient is not
     assert "are not finite; start again with a lower --lr" in refused(*tiny)
     assert saved(out)["epoch"] == (bad_step - 1) // 3
     assert all(value.isfinite().all() for value in saved(out)["encoder"].values())
@@ -779,22 +715,18 @@ def test_processes_train_as_one_on_two_nodes_or_compiled(tmp_path):
     write_classes(tmp_path / "data/train", 96)
 
     def train(name, launcher=(), *more):
-        return start(*calling(prepare_a_comparison), *TINY, "--data", tmp_path / "data", "--cache", tmp_path / "cache",
-                     "--out", tmp_path / name, "--batch-size", 32, "--num-patches", 4, "--epochs", 5, *more,
-                     launcher=launcher)
-
-    def finish(*processes):
-        ended = [(process.communicate(timeout=200), process.returncode) for process in processes]
-        assert not any(code for _, code in ended), ended
-        return [out for (out, _), _ in ended]
+        return command(*calling(prepare_a_comparison), *TINY, "--data", tmp_path / "data", "--cache",
+                       tmp_path / "cache", "--out", tmp_path / name, "--batch-size", 32, "--num-patches", 4,
+                       "--epochs", 5, *more, launcher=launcher)[0]
 
     torch.manual_seed(0)
     initial = bagssl.Encoder("patchnet", 1, (16, 16, 16))
     nodes = torchrun(2, "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{get_free_port()}")
-    finish(train("1"))
-    printed = finish(train("2 nodes", nodes), train("2 nodes", nodes))
+    train("1")
+    with ThreadPoolExecutor() as pool:
+        printed = [*pool.map(train, 2 * ["2 nodes"], 2 * [nodes])]
     assert sorted("eval_linear.py" in out for out in printed) == [False, True]  # rank 0 alone prints
-    finish(train("2 compiled", torchrun(2), "--compile"))
+    train("2 compiled", torchrun(2), "--compile")
     for name in ("2 nodes", "2 compiled"):
         for key, tolerance in (("loss", 1e-5), ("gradient_norm", 1e-3)):
             assert read_log(tmp_path / name, key) == pytest.approx(read_log(tmp_path / "1", key), rel=tolerance)
@@ -832,8 +764,8 @@ def compare_two_processes_with_one():
     rounded, norm, alone = torch.randn(24, 5).bfloat16(), bagssl.BatchNorm(5), nn.BatchNorm1d(5)  # as under autocast
     assert_close(norm(own(rounded)), own(alone(rounded.float())).bfloat16(), rtol=0.01, atol=0.01)
     assert_close(statistics(norm), statistics(alone), rtol=1e-5, atol=1e-5)
-    encoder = bagssl.Encoder("patchnet", 1, (8, 8, 8)).double()
-    check_that_one_graph_gives_the_same(encoder, torch.randn(4, 3, 10, 10, dtype=torch.float64))
+    encoder, x = bagssl.Encoder("patchnet", 1, (8, 8, 8)).double(), torch.randn(4, 3, 10, 10, dtype=torch.float64)
+    assert_close(one_graph(encoder)(x), encoder(x))
     torch.distributed.destroy_process_group()
 
 
@@ -863,22 +795,17 @@ def test_linear_probe_is_this_protocol(width, spread):
     test = test / 2 + 3  # so that its own mean and deviation would not do
     x, x_test = ((features - train.mean(0)) / train.std(0) for features in (train, test))
 
-    def fit(rows, decay, iterations=100):
-        return eval_linear.fit_linear(x[rows], labels[rows], 12, [decay], iterations)[0]  # tested below
+    def accuracy(fitted, decay, iterations, x_test, its_labels, k=1):
+        weight, = eval_linear.fit_linear(x[fitted], labels[fitted], 12, [decay], iterations)  # tested below
+        best = np.argsort(-(x_test @ weight[:-1] + weight[-1]).numpy())[:, :k]
+        return 100 * (best == its_labels.numpy()[:, None]).any(1).mean()
 
-    def accuracy(x, labels, weight, k=1):
-        best = np.argsort(-(x @ weight[:-1] + weight[-1]).numpy())[:, :k]
-        return 100 * (best == labels.numpy()[:, None]).any(1).mean()
-
-    decays = 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5
     held, kept = torch.randperm(480, generator=torch.Generator().manual_seed(0)).split([48, 432])
-    scores = [accuracy(x[held], labels[held], fit(kept, decay, 30)) for decay in decays]
-    best = decays[scores.index(max(scores))]
-    assert best not in (decays[0], decays[-1]) or width == 500  # where all decays do equally well
-    weight = fit(slice(None), best)
+    decay = max((1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4, 1e-5),  # of equally good ones the strongest
+                key=lambda decay: accuracy(kept, decay, 30, x[held], labels[held]))
     found = eval_linear.linear_probe(train, labels, test, labels)
-    assert found == {"top1": pytest.approx(accuracy(x_test, labels, weight), abs=0.3), "decay": best,
-                     "top5": pytest.approx(accuracy(x_test, labels, weight, 5), abs=0.3)}
+    assert found == {"decay": decay} | {f"top{k}": pytest.approx(
+        accuracy(slice(None), decay, 100, x_test, labels, k), abs=0.3) for k in (1, 5)}
     # Features that do not vary in training, as raw pixels in the corners, change nothing where test images differ.
     constant = [torch.cat([part, torch.full((480, 5), grey)], 1) for part, grey in ((train, 0.1), (test, 0.6))]
     assert eval_linear.linear_probe(constant[0], labels, constant[1], labels) == found
@@ -972,13 +899,6 @@ def test_a_multi_scale_network_sees_the_whole_image_at_the_size_of_a_patch(tiny_
         assert (config.patch_scale, config.patch_size, whole_size) == expected
 
 
-def test_probes_that_write_at_once_lose_no_row(tmp_path):
-    arguments = types.SimpleNamespace(checkpoint=str(tmp_path / "checkpoint.pt"))
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: eval_linear.save_row(arguments, features=str(i) + 3000 * "x"), range(400)))
-    assert sorted(int(row["features"].strip("x")) for row in read_log(tmp_path, name="eval.jsonl")) == list(range(400))
-
-
 def test_an_unfinished_run_is_probed_also_where_nothing_can_be_written(copied, tmp_path, run, monkeypatch):
     monkeypatch.setattr(eval_linear, "linear_probe", lambda *_: {"top1": 50.0})
     monkeypatch.setattr(eval_linear, "whiten", lambda train, test: (train, test))  # takes seconds, too
@@ -1010,10 +930,9 @@ def test_the_untrained_control_has_the_whitening_and_nothing_else(tiny_run):
 
 def test_published_networks_are_found_by_name_in_any_wrapping_and_order(tmp_path, capsys):
     model, x = torchvision.models.resnet18(), torch.rand(2, 3, 96, 96).to(memory_format=torch.channels_last)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):  # all of which differ
-            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                tensor.data.uniform_(0.5, 1.5)
+    for tensor in model.state_dict().values():
+        if tensor.ndim == 1:  # of BatchNorms, all of which differ
+            tensor.uniform_(0.5, 1.5)
     state, sequence = model.state_dict(), nn.Sequential(*list(model.children())[:-1]).state_dict()
     model.fc = nn.Identity()
     expected = model.eval().to(memory_format=torch.channels_last)(x)
@@ -1034,15 +953,12 @@ def test_published_networks_are_found_by_name_in_any_wrapping_and_order(tmp_path
 def test_what_is_no_published_network_is_told(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     part = {key: value for key, value in state.items() if key != "layer2.0.bn1.bias"}
-    renamed = {key.replace("bn", "norm"): value for key, value in state.items()}
     for arch, content, words in (
-            ("resnet18", part, "looked for .* by name and shape, such as conv1.weight .* or 0.weight"),
-            ("resnet18", renamed, "the file's names are conv1.weight, norm1.weight"),
+            ("resnet18", part, "such as conv1.weight .* or 0.weight.* the file's names are conv1.weight, bn1.weight"),
             ("resnet34", state, "holds no resnet34"),
             ("resnet18", torchvision.models.resnet34().state_dict(), "holds no resnet18"),  # all of its are there
             ("resnet18", [state], "holds a list"),
             ("resnet18", {"model": state, "best": np.float64(0.5)}, "plain values, a numpy"),
-            ("resnet18", {"model": state, "path": Path("x")}, "plain values, a pathlib"),
             ("resnet18", b"\x10\0\0\0\0\0\0\0{\"a\": 1}       ", "is a safetensors file"),
             ("resnet18", b"text", "not a file saved by torch, or it is damaged")):
         path = tmp_path / "published.pth"
@@ -1111,25 +1027,18 @@ class Knows(nn.Linear):  # Linear only to have a parameter, by which claims.py f
         return x.flatten(1), x.mean((1, 2, 3))[:, None] + torch.zeros(len(x), 5)
 
 
-def test_locality_and_co_occurrence_tell_what_an_encoder_knows():
+def test_locality_and_co_occurrence_tell_what_an_encoder_knows(monkeypatch):
     images = torch.from_numpy(np.stack([*np.indices((32, 32)) * 4, np.full((32, 32), 90)])).byte().repeat(600, 1, 1, 1)
     found = claims.locality(Knows(1, 1), images, torch.arange(600) // 300, 0.0625, None)
     assert min(found["patch, h"][factor] for factor in ("top", "left", "brightness")) > 0.8
     assert min(found["bag of 16, h"][factor] for factor in ("brightness", "hue", "saturation")) > 0.8
     assert found["patch, z"]["hue"] < 0.2 and 0.35 < found["patch, z"]["class"] < 0.65  # the classes differ in nothing
     assert "top" not in found["bag of 16, h"] and found["bag of 16, z"]["brightness"] > 0.9
-    world = bagssl.demo_probabilities()
-    gratings = bagssl.demo_images(400, 20, seed=2)[2].flatten()
-
-    class Truth(Knows):  # z whose inner products are p(a, b) / (p(a) p(b)), given the gratings in order
-        def forward(self, x):
-            drawn = [next(self.order) for _ in x]
-            return x.flatten(1), (world / world.mean(0)).T[drawn]
-
-    encoder = Truth(1, 1)
-    encoder.order = iter(gratings.tolist())
-    assert claims.grating_similarity(encoder, 20) > 0.99
     assert claims.grating_similarity(Knows(1, 1), 20) < 0.5
+    world, gratings = bagssl.demo_probabilities(), bagssl.demo_images(400, 20, seed=2)[2].flatten()
+    z = (world / world.mean(0)).T[gratings]  # whose inner products are p(a, b) / (p(a) p(b)), up to a factor
+    monkeypatch.setattr(claims, "embed_patches", lambda *_: (None, z))
+    assert claims.grating_similarity(None, 20) > 0.99
 
 
 def test_votes_add_up_and_one_patch_can_decide(monkeypatch):
@@ -1184,13 +1093,10 @@ def test_kmeans_features_are_the_distances_summed_over_quadrants():
 def test_the_support_vector_machine_minimises_its_objective():
     x, labels, cost = torch.randn(60, 5), torch.arange(60) % 3, 10.0
     x[range(60), labels] += 1
-    weight = peers.fit_svm(x, labels, 3, cost, iterations=500, block=7).double()
-    for k in range(3):  # where the objective's gradient is zero
-        gradient = weight[:, k].clone()
-        for features, label in zip(x.double(), labels):
-            features, sign = torch.cat([features, torch.ones(1)]), 1 if label == k else -1
-            gradient -= 2 * cost / 60 * max(0, 1 - sign * (features @ weight[:, k])) * sign * features
-        assert gradient.abs().max() < 0.01  # at W = 0 it is 8
+    weight = peers.fit_svm(x, labels, 3, cost, iterations=500, block=7).double().requires_grad_()
+    margin = (2 * torch.eye(3)[labels] - 1) * (x.double() @ weight[:-1] + weight[-1])
+    objective = weight.square().sum() / 2 + cost * (1 - margin).relu().square().sum() / 60
+    assert torch.autograd.grad(objective, weight)[0].abs().max() < 0.01  # at W = 0 it is 8
 
 
 def test_the_pictures_are_drawn_from_the_tables(monkeypatch):
@@ -1215,7 +1121,7 @@ def test_the_pictures_are_drawn_from_the_tables(monkeypatch):
     ("--num-patches 1", "must be 2 or more"),
     ("--epochs 0", "--epochs must be 1 or more"), ("--image-size 81", "multiple of 5, not 81"),
     ("--projector 0", "must be 2 or more"), ("--image-size 2 --patch-size 16", "patches must be at least 3 pixels"),
-    ("--device mps", "--device mps is not available"), ("--warmup 10", "--warmup 0 to 1"),
+    ("--device tpu", "--device tpu is not available"), ("--warmup 10", "--warmup 0 to 1"),
     ("--patch-scale 1.5", "--patch-scale takes a fraction"), ("--stem-stride 4", "a ResNet's own stem"),
     ("--patch-scale 0.2 0.8", "--patch-size"), ("--patch-scale 0.0005", "patches must be at least 3 pixels wide"),
     ("--batch-size 3000", "1600 images are fewer than a batch"), ("--data nowhere", "nowhere (No such file or"),
@@ -1265,24 +1171,22 @@ def test_links_lead_to_the_code(page):
 def test_pieces_can_be_pasted_with_what_the_readme_says_they_need(tiny_run, offline):
     """And its examples run."""
     _, *parts = re.split(r"^# ---- (.+?) -+\n", Path(bagssl.__file__).read_text(), flags=re.M)
-    sections, images, u = dict(zip(parts[::2], parts[1::2])), noise(2, 3, 8, 8), torch.rand(2, 3, 11)
-    z, backbone = torch.randn(4, 2, 3), nn.Flatten()
+    sections = dict(zip(parts[::2], parts[1::2]))
+    data = {"images": noise(2, 3, 8, 8), "u": torch.rand(2, 3, 11), "z": torch.randn(4, 2, 3), "backbone": nn.Flatten()}
     for names, given, call in (
-            (["Patches"], ["math"], lambda scope: scope["crop_patches"](images, u[..., :3], 0.25)),
-            (["Augmentation"], [], lambda scope: scope["augment"](images / 255, u[:, 0, 3:])),
-            (["Loss"], [], lambda scope: scope["vicreg_loss"](z)[0]),
-            (["Patches", "Bag of patches"], ["math", "nn", "normalize"],
-             lambda scope: scope["BagOfPatches"](backbone, 2, 0.25)(images))):
-        scope = {"torch": torch, **{name: getattr(bagssl, name) for name in given}}
-        for name in names:
+            ("Patches", "math", "crop_patches(images, u[..., :3], 0.25)"),
+            ("Augmentation", "", "augment(images / 255, u[:, 0, 3:])"), ("Loss", "", "vicreg_loss(z)[0]"),
+            ("Patches, Bag of patches", "math nn normalize", "BagOfPatches(backbone, 2, 0.25)(images)")):
+        scope = {"torch": torch, **{name: getattr(bagssl, name) for name in given.split()}}
+        for name in names.split(", "):
             exec(sections[name], scope)
-        assert call(scope).equal(call(vars(bagssl)))
+        assert eval(call, scope, data).isfinite().all()  # a name that it lacks would raise
     example, step = re.findall(r"```python\n(.+?)```", (HERE / "README.md").read_text(), re.S)
     scope = {}
     exec(example.replace("runs/photos/checkpoint.pt", str(tiny_run.checkpoint))
          .replace("/path/to/photos", str(tiny_run.data)), scope)
     assert scope["embeddings"].shape == (26, 2048)
-    scope = vars(bagssl) | dict(images=images, B=2, V=3, scale=0.25, encoder=bagssl.Encoder(projector=(16, 16, 16)))
+    scope = vars(bagssl) | data | dict(B=2, V=3, scale=0.25, encoder=bagssl.Encoder(projector=(16, 16, 16)))
     exec(step, scope)
     assert scope["z"].shape == (6, 16) and scope["loss"].isfinite()
 
