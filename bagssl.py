@@ -68,7 +68,7 @@ class Config:
     out: str = "runs/demo"  # folder of the run, by default runs/PRESET; an interrupted run there is continued
     arch: str = "patchnet"  # patchnet, made for small patches; resnet18, resnet34, resnet50, as in published work
     stem_stride: int = 1  # stride of the first layer, 1 or 2; 4: a ResNet's own stem, 7x7 convolution and max-pooling
-    projector: tuple = (2048, 2048, 2048)  # widths of the projector's layers
+    projector: tuple = (2048, 2048, 2048)  # widths of the projector's layers; all but the last have BatchNorm and ReLU
     image_size: int = 80  # images are cropped to their middle square and resized to this side
     patch_scale: tuple = (0.25,)  # a patch's fraction of the image's area; two values: a range (multi-scale crops)
     patch_size: int = 0  # patches are resized to this side; 0: kept as cut; a range of scales needs a side
@@ -645,7 +645,7 @@ def demo_images(count, image_size, seed):
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     for cell in range(25):  # row by row
         own = gratings[:, cell, None, None]
-        angle = math.pi / 12 * (own // 4 + uniform(-0.3, 0.3))  # below 90 degrees: mirroring never gives another angle
+        angle = math.pi / 12 * (own // 4 + uniform(-0.3, 0.3))  # below 90 degrees: mirrored, it is none of the others
         waves = 1.5 ** (own % 4 + uniform(-0.3, 0.3)) / side  # per pixel
         tone = (2 * math.pi * (waves * (x * angle.cos() + y * angle.sin()) + uniform(0, 1))).cos()[:, None]
         noise = 0.15 * torch.randn(count, 3, side, side, generator=generator)
@@ -684,7 +684,7 @@ def effective_rank(h):
 
 
 def open_run(config):
-    """Make config.out the folder of this run and return its path. Raises UserError if it holds anything else."""
+    """Make and return config.out, the folder of this run, new or continued. Raises UserError if it holds other files."""
     out = Path(config.out)
     may_change = ("preset", "cache", "out", "epochs", "device", "compile", "save_every")  # when a run goes on
     try:
@@ -714,7 +714,7 @@ def load_encoder(path):
         encoder = Encoder(config.arch, config.stem_stride, config.projector)
         encoder.load_state_dict(saved["encoder"])
     except Exception as error:  # whatever torch raises on a damaged or foreign file
-        if isinstance(error, MemoryError) or "memory" in str(error):
+        if isinstance(error, MemoryError) or "memory" in str(error):  # torch reports it as a RuntimeError
             raise
         raise UserError(f"{path} is damaged, or not a checkpoint of this version of bagssl.py") from error
     return encoder.eval().to(memory_format=torch.channels_last), config, saved
@@ -726,7 +726,7 @@ def train(config):
     The folder config.out gets config.json; checkpoint.pt, a dict of config, epoch, encoder and optimizer; and
     log.jsonl, in which steps that a continued run repeats stand twice.
     """
-    config = Config(**json.loads(json.dumps(vars(config))))  # checked again, as fields may have been set since
+    config = Config(**json.loads(json.dumps(vars(config))))  # checked again, in plain types: fields may have been set
     B, V, b = config.batch_size, config.num_patches, config.batch_size // WORLD_SIZE
     if B % WORLD_SIZE or b < 2:
         raise UserError(f"--batch-size {B} cannot be divided among {WORLD_SIZE} processes, at least 2 images each")
@@ -819,7 +819,6 @@ def train(config):
             if (step % 10 == 0 or step % per_epoch == 0) and not norm.isfinite():
                 raise UserError(f"the gradients of step {step} are not finite; start again with a lower --lr and "
                                 f"another --out")
-            # Linear warmup times cosine decay.
             warmup = min(1, step / (config.warmup * steps + 1))
             lr = config.lr * warmup * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
             for group in optimizer.param_groups:
