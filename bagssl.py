@@ -684,7 +684,7 @@ def effective_rank(h):
 
 
 def open_run(config):
-    """Make and return config.out, the folder of this run, new or continued. Raises UserError if it holds anything else."""
+    """Make and return config.out, folder of this run, new or continued. Raises UserError if anything else is in it."""
     out = Path(config.out)
     may_change = ("preset", "cache", "out", "epochs", "device", "compile", "save_every")  # when a run goes on
     try:
